@@ -1,0 +1,50 @@
+"""The result of decoding, the same for every strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """The `n` best hypotheses of each of `B` sentences, best first, on the model's device.
+
+    tokens           [B, n, L] int64, without bos and eos, padded with pad_id
+    lengths          [B, n] int64, tokens of each hypothesis
+    scores           [B, n] float32, what the strategy ranks by; where fewer than n hypotheses exist the rest have
+                     length 0 and score -inf
+    token_log_probs  [B, n, L+1] float32, log-probability of each token; that of eos stands after the last token,
+                     0 beyond
+    iterations       [B] int64, rounds that ran for the sentence (steps, for left-to-right decoding)
+    trace            what a refining strategy did, round by round; None unless it was asked for
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+    token_log_probs: Tensor
+    iterations: Tensor
+    trace: Any = None
+
+    def to_lists(self) -> list[list[list[int]]]:
+        """Token ids as lists: sentence, hypothesis, token."""
+        return [
+            [row[:length] for row, length in zip(rows, lengths, strict=True)]
+            for rows, lengths in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        ]
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device | None = None) -> Hypotheses:
+        """The result for a batch of no sentences."""
+        integers = dict(dtype=torch.int64, device=device)
+        return cls(
+            tokens=torch.empty(0, n, 0, **integers),
+            lengths=torch.empty(0, n, **integers),
+            scores=torch.empty(0, n, device=device),
+            token_log_probs=torch.empty(0, n, 1, device=device),
+            iterations=torch.empty(0, **integers),
+        )

@@ -1,0 +1,114 @@
+"""What a decoding strategy asks of a model: any class with these attributes and methods will do, no base class needed.
+
+`memory` (the encoded source) and `state` (a decoder's cache) are the model's own business; strategies only hand them
+back. `source` is right-padded with `pad_id`; `source_lengths` says where each sentence ends and is never 0.
+Two optional attributes are used where a model has them: `max_positions` (int, the longest target it can decode, eos
+included) and `device` (where `source` is put; without it, where the model's first parameter is).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class StepModel(Protocol):
+    """A left-to-right decoder with a cache: one call a token.
+
+    A StepModel may also have `select(state, rows) -> state`: the state of those rows [R] of the batch, in that order.
+    Where it is present, finished sentences leave the batch.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> Any:
+        """Memory of `source` [B, S] int64 with `source_lengths` [B]; called once, never copied per beam."""
+        ...
+
+    def start(self, memory: Any, beam_size: int) -> Any:
+        """State before the first token, for `beam_size` hypotheses a sentence."""
+        ...
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits [B, K, V] that follow the last tokens [B, K] (bos at first), and the state that holds these tokens."""
+        ...
+
+    def reorder(self, state: Any, parents: Tensor) -> Any:
+        """State in which hypothesis k of sentence b is what hypothesis parents[b, k] was; parents [B, K] int64."""
+        ...
+
+
+@runtime_checkable
+class FillModel(Protocol):
+    """A bidirectional decoder that fills masked canvases of a predicted length.
+
+    A canvas begins with bos and ends with eos; a predicted length counts neither. `tokens` always has as many rows as
+    `memory`.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> Any:
+        """Memory of `source` [B, S] int64 with `source_lengths` [B]."""
+        ...
+
+    def select(self, memory: Any, rows: Tensor) -> Any:
+        """Memory of those rows [R] int64, in that order, repeats allowed."""
+        ...
+
+    def length_logits(self, memory: Any) -> Tensor:
+        """Scores [B, Lmax] of the target lengths 0 .. Lmax-1."""
+        ...
+
+    def fill(self, tokens: Tensor, memory: Any) -> Tensor:
+        """Logits [B, L, V] of the token at every position of the canvas [B, L]."""
+        ...
+
+
+@runtime_checkable
+class EditModel(Protocol):
+    """A decoder that deletes tokens, inserts masks and fills them (Levenshtein Transformer).
+
+    A canvas begins with bos and ends with eos. `tokens` always has as many rows as `memory`.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> Any:
+        """Memory of `source` [B, S] int64 with `source_lengths` [B]."""
+        ...
+
+    def select(self, memory: Any, rows: Tensor) -> Any:
+        """Memory of those rows [R] int64, in that order, repeats allowed."""
+        ...
+
+    def delete_logits(self, tokens: Tensor, memory: Any) -> Tensor:
+        """Logits [B, L, 2] of keeping (0) and deleting (1) every token of the canvas [B, L]."""
+        ...
+
+    def insert_logits(self, tokens: Tensor, memory: Any) -> Tensor:
+        """Logits [B, L-1, max_insert+1] of how many masks to insert after each token but the last."""
+        ...
+
+    def fill(self, tokens: Tensor, memory: Any) -> Tensor:
+        """Logits [B, L, V] of the token at every position of the canvas [B, L]."""
+        ...
+
+
+def missing_members(model: Any, protocol: type) -> list[str]:
+    """Names of the attributes and methods of `protocol` that `model` lacks, in the order the protocol states them."""
+    names = [*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_"))]
+    return [name for name in names if not hasattr(model, name)]
