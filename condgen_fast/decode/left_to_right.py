@@ -1,0 +1,151 @@
+"""What greedy, sampling and beam search share: limits, tokens that are never generated, and the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condgen_fast._check import check_number
+from condgen_fast.decode.hypotheses import Hypotheses
+
+# On a GPU the host asks this rarely whether every sentence is finished: each answer waits for the device.
+STEPS_BETWEEN_CHECKS = 8
+
+
+def target_limits(model: Any, source_lengths: Tensor, max_length: int | None) -> Tensor:
+    """Longest target of each sentence [B] int64, eos included: `max_length`, or 2 * source length + 10 capped by
+    `model.max_positions` where the model has one.
+    """
+    most = getattr(model, "max_positions", None)
+    if max_length is None:
+        limits = 2 * source_lengths + 10
+        return limits if most is None else limits.clamp(max=most)
+    if most is not None and max_length > most:
+        raise ValueError(f"max_length must be at most model.max_positions = {most}; got {max_length}")
+    return torch.full_like(source_lengths, max_length)
+
+
+def never_generated(model: Any) -> list[int]:
+    """pad and bos, unless the model uses one of them as its eos too."""
+    return sorted({model.pad_id, model.bos_id} - {model.eos_id})
+
+
+def is_any(tokens: Tensor, ids: list[int]) -> Tensor:
+    """Where `tokens` is one of a few ids; the ids never become a tensor, so nothing is copied to the device."""
+    result = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in ids:
+        result |= tokens == token
+    return result
+
+
+def check_due(step: int, device: torch.device) -> bool:
+    """Whether the host may ask now if sentences are finished."""
+    return device.type == "cpu" or (step + 1) % STEPS_BETWEEN_CHECKS == 0
+
+
+def log_prob_of(logits: Tensor, token: int) -> Tensor:
+    """log_softmax(logits)[..., token] in float32 without a V-sized result; -inf where a logit is NaN or no token is
+    possible."""
+    log_prob = logits[..., token].float() - torch.logsumexp(logits.float(), -1)
+    return log_prob.nan_to_num(nan=-torch.inf)
+
+
+def generate(
+    model: Any,
+    source: Tensor,
+    source_lengths: Tensor,
+    *,
+    choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    n: int,
+    max_length: int | None,
+    length_penalty: float,
+) -> Hypotheses:
+    """Extend `n` hypotheses a sentence, each by the one token that `choose` picks, until all have met eos or the limit.
+
+    choose(logits [B, n, V], rows [B], step) -> (tokens [B, n], log_probs [B, n] float32); `rows` are the sentences'
+    places in the batch that was given, which shrinks as sentences finish. Where only eos may follow, its pick is
+    overruled.
+    """
+    B, device = source.shape[0], source.device
+    limits = target_limits(model, source_lengths, max_length)
+    limit_steps = set(limits.tolist())
+    longest = max(limit_steps)
+
+    out_tokens = torch.full((B, n, longest), model.pad_id, dtype=torch.int64, device=device)
+    out_log_probs = torch.zeros(B, n, longest, device=device)
+    out_lengths = torch.zeros(B, n, dtype=torch.int64, device=device)
+
+    rows = torch.arange(B, device=device)
+    state = model.start(model.encode(source, source_lengths), n)
+    tokens = torch.full((B, n), model.bos_id, dtype=torch.int64, device=device)
+    done = torch.zeros(B, n, dtype=torch.bool, device=device)
+    select = getattr(model, "select", None)
+    for step in range(longest):
+        logits, state = model.step(tokens, state)
+        tokens, log_probs = choose(logits, rows, step)
+        if step + 1 in limit_steps:
+            at_limit = (limits == step + 1)[:, None]
+            tokens = torch.where(at_limit, model.eos_id, tokens)
+            log_probs = torch.where(at_limit, log_prob_of(logits, model.eos_id), log_probs)
+        ends = tokens == model.eos_id
+        out_tokens[rows, :, step] = torch.where(done | ends, model.pad_id, tokens)
+        out_log_probs[rows, :, step] = torch.where(done, 0.0, log_probs)
+        out_lengths[rows] += (~done).long()
+        done = done | ends
+        tokens = torch.where(done, model.pad_id, tokens)
+        if not check_due(step, device):
+            continue
+        running = ~done.all(1)
+        left = int(running.sum())
+        if left == 0:
+            break
+        if select is not None and worth_leaving(left, rows.shape[0]):
+            kept = running.nonzero()[:, 0]
+            state = select(state, kept)
+            rows, tokens, done, limits = rows[kept], tokens[kept], done[kept], limits[kept]
+
+    width = int(out_lengths.max())
+    log_probs = out_log_probs[:, :, :width]
+    # in float64, so that the width of the batch does not show in the last bit
+    scores = (log_probs.double().sum(2) / out_lengths.double() ** length_penalty).float()
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return Hypotheses(
+        tokens=take(out_tokens[:, :, : width - 1], order),
+        lengths=take(out_lengths - 1, order),
+        scores=take(scores, order),
+        token_log_probs=take(log_probs, order),
+        iterations=out_lengths.amax(1),
+    )
+
+
+def worth_leaving(left: int, rows: int) -> bool:
+    """Whether so many sentences have finished that moving the others' caches together costs less than keeping them."""
+    return left <= 0.75 * rows
+
+
+def take(values: Tensor, order: Tensor) -> Tensor:
+    """values[b, order[b, i], ...] for values [B, n, ...] and order [B, m]."""
+    index = order.reshape(*order.shape, *[1] * (values.dim() - 2)).expand(*order.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def check_integer(value: Any, name: str, *, minimum: int) -> None:
+    """Raise unless `value` is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def check_lengths(min_length: int, max_length: int | None, length_penalty: float) -> None:
+    """Check the options that every left-to-right strategy has."""
+    check_integer(min_length, "min_length", minimum=0)
+    if max_length is not None:
+        check_integer(max_length, "max_length", minimum=1)
+        if min_length > max_length:
+            raise ValueError(f"min_length must be at most max_length = {max_length}; got {min_length}")
+    # beyond, length ** length_penalty leaves float32
+    check_number(length_penalty, "length_penalty", minimum=-10.0, maximum=10.0)
