@@ -1,0 +1,65 @@
+// CPU kernels of the levenshtein family on a range of rows; everything right-padded with pad_id, rows contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace condgen_fast::levenshtein {
+
+// The lowest row that breaks a rule, or kNoRow.
+constexpr int64_t kNoRow = INT64_MAX;
+
+struct BadRows {
+  int64_t padded_first = kNoRow;   // padding before a token in the first argument
+  int64_t padded_second = kNoRow;  // the same in the second
+  int64_t other = kNoRow;          // edit_oracle: an insertion without a slot; apply_edits: a negative count
+};
+
+template <class Id>
+struct OracleArguments {
+  // inputs
+  const Id* tokens;  // [B, S]
+  const Id* target;  // [B, T]
+  int64_t width;     // S
+  int64_t target_width;
+  int64_t pad_id;
+  bool source_slots;
+  // outputs
+  bool* delete_labels;  // [B, S]
+  int64_t* insert;      // [B, max(S-1, 0)]
+  bool* masked;         // [B, T]
+  int64_t* distance;    // [B]
+};
+
+template <class Id>
+struct DistanceArguments {
+  // inputs
+  const Id* a;  // [B, S]
+  const Id* b;  // [B, T]
+  int64_t width;
+  int64_t other_width;
+  int64_t pad_id;
+  bool substitution;  // costs 1 (Levenshtein) or is not there (indel)
+  // outputs
+  int64_t* distance;  // [B]
+};
+
+// Scores are copied, never computed with: Score is an unsigned integer of their size, and 0 is 0.0.
+template <class Id, class Score>
+struct ApplyArguments {
+  // inputs
+  const Id* tokens;           // [B, S]
+  const bool* delete_labels;  // [B, S] or null
+  const int64_t* insert;      // [B, max(S-1, 0)] or null
+  const Id* fill;             // [B, W] or null
+  const Score* scores;        // [B, S] or null
+  int64_t width;              // S
+  int64_t out_width;          // W
+  int64_t pad_id, bos_id, eos_id, mask_id;
+  // outputs
+  Id* out_tokens;     // [B, W]
+  Score* out_scores;  // [B, W] or null
+  int64_t* lengths;   // [B]
+  int64_t* origin;    // [B, W]
+};
+
+}  // namespace condgen_fast::levenshtein
