@@ -187,9 +187,9 @@ class BeamSearch:
             )
         # Admissible: log-probabilities are at most 0, so what follows a kept hypothesis of sum c has a sum c' <= c <=
         # best <= 0, and ends at a length l with length < l <= limit and l >= min_length. norm is positive, so it scores
-        # c' / norm(l) <= best / norm(l); and as best <= 0, that is greatest where norm(l) is. norm is l**a, ((5+l)/6)**a
-        # or 1, monotone in l, rising for a >= 0 and falling for a < 0: greatest at the last or the first of these l.
-        # Nothing above best / norm(that l) can follow, so the n_best stand once the last of them is not below it.
+        # c' / norm(l) <= best / norm(l); and as best <= 0, that is greatest where norm(l) is. norm is l**a,
+        # ((5+l)/6)**a or 1, monotone in l, rising for a >= 0 and falling for a < 0: greatest at the last or the first
+        # of these l. Nothing above best / norm(that l) can follow, so the n_best stand once their last is not below it.
         if self.length_penalty >= 0:
             most = norms[limits]
         else:

@@ -49,7 +49,8 @@ def assert_consistent(model, sources, hypotheses, normalization="power", length_
             expected = log_probs_of(model, sentence, tokens[:length])
             assert log_probs[: length + 1] == pytest.approx(expected, abs=atol)
             assert log_probs[length + 1 :] == [0.0] * (len(log_probs) - length - 1)
-            assert math.fsum(log_probs) / norm(length + 1, normalization, length_penalty) == pytest.approx(score, abs=atol)
+            total = math.fsum(log_probs) / norm(length + 1, normalization, length_penalty)
+            assert total == pytest.approx(score, abs=atol)
 
 
 @pytest.mark.parametrize("stopping", STOPPING)

@@ -1,0 +1,130 @@
+"""Hugging Face encoder-decoders (Marian, T5, BART, ...) as step models, used in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def adapt(model: nn.Module, *, forced_bos_id: int | None = None) -> HuggingFaceModel:
+    """A `transformers` encoder-decoder with a language-model head as a `StepModel`; its weights stay where they are.
+
+    forced_bos_id  the token that every target begins with (a language code, say); by default the model's own
+                   `forced_bos_token_id`. As in `generate`, it costs nothing, and it stands first in the hypotheses.
+
+    Ids come from `model.generation_config`: bos is its `decoder_start_token_id`. Nothing else of the generation
+    configuration is read: beam size, lengths and penalties are options of the strategy.
+
+    Raises TypeError if the model is no encoder-decoder, ValueError where it does not have exactly one eos id, a pad id
+    and a decoder start id.
+
+        decode(adapt(MarianMTModel.from_pretrained(path)), source, "beam", beam_size=4)
+    """
+    return HuggingFaceModel(model, forced_bos_id)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    hidden: Tensor  # [B, S, D]
+    mask: Tensor  # [B, S] int64, 1 inside the sentence
+
+
+@dataclass(frozen=True)
+class _State:
+    memory: _Memory
+    beam_size: int
+    cache: Any = None  # transformers.EncoderDecoderCache of B*K rows, None before the first step
+
+
+class HuggingFaceModel(nn.Module):
+    """What `adapt` returns. A state is consumed by the method it is handed to: its cache is changed in place."""
+
+    def __init__(self, model: nn.Module, forced_bos_id: int | None = None) -> None:
+        super().__init__()
+        config = getattr(model, "config", None)
+        if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generation_config"):
+            raise TypeError(
+                f"model must be a transformers encoder-decoder with a language-model head; got {type(model).__name__}"
+            )
+        self.model = model
+        generation = model.generation_config
+        self.eos_id = _only_id(generation.eos_token_id, "eos_token_id")
+        self.pad_id = _only_id(generation.pad_token_id, "pad_token_id")
+        self.bos_id = _only_id(
+            generation.decoder_start_token_id
+            if generation.decoder_start_token_id is not None
+            else generation.bos_token_id,
+            "decoder_start_token_id",
+        )
+        self.forced_bos_id = generation.forced_bos_token_id if forced_bos_id is None else forced_bos_id
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        if self.forced_bos_id is not None and not 0 <= self.forced_bos_id < self.vocab_size:
+            raise ValueError(f"forced_bos_id must be in [0, {self.vocab_size - 1}]; got {self.forced_bos_id}")
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> _Memory:
+        positions = torch.arange(source.shape[1], device=source.device)
+        mask = (positions < source_lengths[:, None]).long()
+        hidden = self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True).last_hidden_state
+        return _Memory(hidden, mask)
+
+    def start(self, memory: _Memory, beam_size: int) -> _State:
+        return _State(memory, beam_size)
+
+    def step(self, tokens: Tensor, state: _State) -> tuple[Tensor, _State]:
+        B, K = tokens.shape
+        if state.cache is None:
+            # All hypotheses are still equal: one row a sentence goes through the decoder, then the caches are copied
+            # per beam, once. From here on only the self-attention cache is ever moved.
+            logits, cache = self._decode(tokens[:, :1], state.memory.hidden, state.memory.mask, None)
+            cache.batch_repeat_interleave(K)
+            logits = logits[:, None].expand(B, K, -1).contiguous()
+            if self.forced_bos_id is not None:
+                logits = torch.full_like(logits, -torch.inf)
+                logits[..., self.forced_bos_id] = 0.0
+        else:
+            # The keys and values of the source are cached, so only the shape of the hidden states is looked at.
+            hidden = state.memory.hidden[:1].expand(B * K, -1, -1)
+            mask = state.memory.mask.repeat_interleave(K, 0)
+            logits, cache = self._decode(tokens.reshape(B * K, 1), hidden, mask, state.cache)
+            logits = logits.view(B, K, -1)
+        return logits, replace(state, cache=cache)
+
+    def _decode(self, tokens: Tensor, hidden: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = self.model(
+            encoder_outputs=(hidden,),
+            attention_mask=mask,
+            decoder_input_ids=tokens,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.logits[:, -1], output.past_key_values
+
+    def reorder(self, state: _State, parents: Tensor) -> _State:
+        first = torch.arange(parents.shape[0], device=parents.device)[:, None] * state.beam_size
+        state.cache.self_attention_cache.reorder_cache((first + parents).reshape(-1))
+        return state
+
+    def select(self, state: _State, rows: Tensor) -> _State:
+        beams = torch.arange(state.beam_size, device=rows.device)
+        state.cache.batch_select_indices((rows[:, None] * state.beam_size + beams).reshape(-1))
+        memory = _Memory(state.memory.hidden[rows], state.memory.mask[rows])
+        return replace(state, memory=memory)
+
+
+def _only_id(value: Any, name: str) -> int:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, int):
+        raise ValueError(f"model.generation_config.{name} must be one id; got {value!r}")
+    return value
