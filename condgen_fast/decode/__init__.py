@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condgen_fast._check import check_token_ids
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel, FillModel, StepModel, missing_members
 
@@ -132,10 +133,7 @@ def _prepare(model: Any, source: Any, source_lengths: Any) -> tuple[Tensor, Tens
     """`source` [B, S] and `source_lengths` [B] on the model's device, checked, as narrow as the longest sentence."""
     device = _device(model)
     if isinstance(source, Tensor):
-        if source.dim() != 2:
-            raise ValueError(f"source must have shape [B, S]; got {list(source.shape)}")
-        if source.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"source must be int64 or int32; got {str(source.dtype).removeprefix('torch.')}")
+        check_token_ids(source, "source", shape="B S")
         source = source.to(device=device if device is not None else source.device, dtype=torch.int64)
     else:
         if source_lengths is not None:
@@ -145,12 +143,8 @@ def _prepare(model: Any, source: Any, source_lengths: Any) -> tuple[Tensor, Tens
     positions = torch.arange(S, device=source.device)
     if source_lengths is None:
         source_lengths = torch.where(source != model.pad_id, positions + 1, 0).amax(1) if S else source.new_zeros(B)
-    elif not isinstance(source_lengths, Tensor):
-        raise TypeError(f"source_lengths must be a Tensor; got {type(source_lengths).__name__}")
-    elif source_lengths.shape != (B,) or source_lengths.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"source_lengths must be int64 of shape [{B}]; got {source_lengths.dtype} of {list(source_lengths.shape)}"
-        )
+    else:
+        check_token_ids(source_lengths, "source_lengths", shape="B", sizes={"B": B})
     source_lengths = source_lengths.to(device=source.device, dtype=torch.int64)
     if B == 0:
         return source, source_lengths

@@ -12,7 +12,6 @@ from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.left_to_right import (
     check_due,
-    check_integer,
     check_lengths,
     is_any,
     log_prob_of,
@@ -67,8 +66,8 @@ class BeamSearch:
     model_protocol: ClassVar[type] = StepModel
 
     def __post_init__(self) -> None:
-        check_integer(self.beam_size, "beam_size", minimum=1)
-        check_integer(self.n_best, "n_best", minimum=1)
+        check_number(self.beam_size, "beam_size", minimum=1, integer=True)
+        check_number(self.n_best, "n_best", minimum=1, integer=True)
         if self.n_best > self.beam_size:
             raise ValueError(f"n_best must be at most beam_size = {self.beam_size}; got {self.n_best}")
         check_choice(self.normalization, "normalization", ("power", "gnmt", "none"))
@@ -76,7 +75,7 @@ class BeamSearch:
         check_number(self.patience, "patience", minimum=0.0, exclusive=True)
         if self.stopping == "exact" and self.patience != 1:
             raise ValueError(f"patience must be 1 with exact stopping; got {self.patience}")
-        check_integer(self.no_repeat_ngram, "no_repeat_ngram", minimum=0)
+        check_number(self.no_repeat_ngram, "no_repeat_ngram", minimum=0, integer=True)
         check_lengths(self.min_length, self.max_length, self.length_penalty)
         check_choice(self.impl, "impl", ("auto", "reference"))
 

@@ -132,19 +132,11 @@ def take(values: Tensor, order: Tensor) -> Tensor:
     return values.gather(1, index)
 
 
-def check_integer(value: Any, name: str, *, minimum: int) -> None:
-    """Raise unless `value` is an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}")
-
-
 def check_lengths(min_length: int, max_length: int | None, length_penalty: float) -> None:
     """Check the options that every left-to-right strategy has."""
-    check_integer(min_length, "min_length", minimum=0)
+    check_number(min_length, "min_length", minimum=0, integer=True)
     if max_length is not None:
-        check_integer(max_length, "max_length", minimum=1)
+        check_number(max_length, "max_length", minimum=1, integer=True)
         if min_length > max_length:
             raise ValueError(f"min_length must be at most max_length = {max_length}; got {min_length}")
     # beyond, length ** length_penalty leaves float32

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from condgen_fast._check import check_number
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.left_to_right import check_integer, check_lengths, generate, never_generated
+from condgen_fast.decode.left_to_right import check_lengths, generate, never_generated
 from condgen_fast.decode.protocols import StepModel
 
 
@@ -51,10 +51,10 @@ class Sampling:
         if self.top_p == 0:
             raise ValueError("top_p must be in (0, 1]; got 0")
         if self.top_k is not None:
-            check_integer(self.top_k, "top_k", minimum=1)
-        check_integer(self.n_samples, "n_samples", minimum=1)
+            check_number(self.top_k, "top_k", minimum=1, integer=True)
+        check_number(self.n_samples, "n_samples", minimum=1, integer=True)
         if self.seed is not None:
-            check_integer(self.seed, "seed", minimum=0)
+            check_number(self.seed, "seed", minimum=0, integer=True)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(self.generator).__name__}")
         if self.seed is not None and self.generator is not None:
