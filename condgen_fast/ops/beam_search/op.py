@@ -72,7 +72,7 @@ def beam_topk(
     return BeamTopK(*torch.ops.condgen_fast.beam_topk(logits, scores.float(), k, temperature))
 
 
-if _library.load():
+if _library.load() and hasattr(torch.ops.condgen_fast, "beam_topk"):
 
     @torch.library.register_fake("condgen_fast::beam_topk")
     def _(logits, scores, k, temperature):
