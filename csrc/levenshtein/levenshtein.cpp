@@ -1,16 +1,11 @@
-// Schemas of the levenshtein family, and its CPU ops: they allocate, split the rows over threads and refuse bad rows.
+// Schemas of the levenshtein family, and its CPU ops: they split the rows over threads and refuse bad ones.
 #include "levenshtein.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
+
+#include "levenshtein_tensors.h"
 
 namespace condgen_fast::levenshtein {
 
@@ -27,9 +22,6 @@ DECLARE(baseline)
 #undef DECLARE
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // A range shorter than this is done before a second thread has started.
 constexpr int64_t kRangeTokens = 8192;
@@ -61,128 +53,53 @@ void refuse_padding(int64_t row, const Id* tokens, int64_t width, int64_t pad_id
                               std::to_string(position));
 }
 
-template <class Call>
-auto with_id_type(const Tensor& tokens, const Call& call) {
-  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long || tokens.scalar_type() == ScalarType::Int,
-                  "token ids must be int64 or int32");
-  return tokens.scalar_type() == ScalarType::Long ? call(int64_t{}) : call(int32_t{});
-}
-
-void check_pair(const Tensor& first, const Tensor& second) {
-  STD_TORCH_CHECK(first.dim() == 2 && second.dim() == 2 && first.size(0) == second.size(0),
-                  "expected [B, S] and [B, T]");
-  STD_TORCH_CHECK(first.scalar_type() == second.scalar_type(), "expected equal dtypes");
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cpu(const Tensor& tokens,  // [B, S]
-                                                           const Tensor& target,  // [B, T]
-                                                           int64_t pad_id, bool source_slots) {
-  check_pair(tokens, target);
-  const int64_t batch = tokens.size(0), width = tokens.size(1), target_width = target.size(1);
-  const Tensor x = torch::stable::contiguous(tokens), y = torch::stable::contiguous(target);
-  Tensor delete_labels = torch::stable::new_empty(tokens, {batch, width}, ScalarType::Bool);
-  Tensor insert = torch::stable::new_empty(tokens, {batch, std::max<int64_t>(width - 1, 0)}, ScalarType::Long);
-  Tensor masked = torch::stable::new_empty(tokens, {batch, target_width}, ScalarType::Bool);
-  Tensor distance = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);
-  with_id_type(tokens, [&](auto id) {
-    using Id = decltype(id);
-    const OracleArguments<Id> arguments{
-        x.const_data_ptr<Id>(),         y.const_data_ptr<Id>(),           width, target_width, pad_id, source_slots,
-        delete_labels.mutable_data_ptr<bool>(), insert.mutable_data_ptr<int64_t>(),
-        masked.mutable_data_ptr<bool>(), distance.mutable_data_ptr<int64_t>()};
-    const BadRows bad = over_rows(batch, width + target_width, [&](int64_t begin, int64_t end) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cpu(const Tensor& tokens, const Tensor& target, int64_t pad_id,
+                                                           bool source_slots) {
+  return edit_oracle_op(tokens, target, pad_id, source_slots, [](const auto& arguments, int64_t batch) {
+    const int64_t cost = arguments.width + arguments.target_width;
+    const BadRows bad = over_rows(batch, cost, [&](int64_t begin, int64_t end) {
       return baseline::edit_oracle(arguments, begin, end);
     });
-    refuse_padding(bad.padded_first, arguments.tokens, width, pad_id, "tokens");
-    refuse_padding(bad.padded_second, arguments.target, target_width, pad_id, "target");
-    if (bad.other != kNoRow) {
-      throw std::invalid_argument(
-          std::string("target must need no insertion before the first or after the last ") +
-          (source_slots ? "source" : "kept") + " token; got one in row " + std::to_string(bad.other) +
-          " (let tokens and target share bos and eos)");
-    }
+    refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
+    refuse_padding(bad.padded_second, arguments.target, arguments.target_width, arguments.pad_id, "target");
+    if (bad.other == kNoRow) return;
+    throw std::invalid_argument(std::string("target must need no insertion before the first or after the last ") +
+                                (arguments.source_slots ? "source" : "kept") + " token; got one in row " +
+                                std::to_string(bad.other) + " (let tokens and target share bos and eos)");
   });
-  return {delete_labels, insert, masked, distance};
 }
 
-Tensor edit_distance_cpu(const Tensor& a,  // [B, S]
-                         const Tensor& b,  // [B, T]
-                         int64_t pad_id, bool substitution) {
-  check_pair(a, b);
-  const int64_t batch = a.size(0), width = a.size(1), other_width = b.size(1);
-  const Tensor x = torch::stable::contiguous(a), y = torch::stable::contiguous(b);
-  Tensor distance = torch::stable::new_empty(a, {batch}, ScalarType::Long);
-  with_id_type(a, [&](auto id) {
-    using Id = decltype(id);
-    const DistanceArguments<Id> arguments{x.const_data_ptr<Id>(), y.const_data_ptr<Id>(), width, other_width,
-                                          pad_id, substitution, distance.mutable_data_ptr<int64_t>()};
-    const BadRows bad = over_rows(batch, width + other_width, [&](int64_t begin, int64_t end) {
+Tensor edit_distance_cpu(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution) {
+  return edit_distance_op(a, b, pad_id, substitution, [](const auto& arguments, int64_t batch) {
+    const int64_t cost = arguments.width + arguments.other_width;
+    const BadRows bad = over_rows(batch, cost, [&](int64_t begin, int64_t end) {
       return baseline::edit_distance(arguments, begin, end);
     });
-    refuse_padding(bad.padded_first, arguments.a, width, pad_id, "a");
-    refuse_padding(bad.padded_second, arguments.b, other_width, pad_id, "b");
+    refuse_padding(bad.padded_first, arguments.a, arguments.width, arguments.pad_id, "a");
+    refuse_padding(bad.padded_second, arguments.b, arguments.other_width, arguments.pad_id, "b");
   });
-  return distance;
 }
 
-template <class Id, class Score>
-void apply_edits_rows(const ApplyArguments<Id, Score>& arguments, int64_t batch) {
-  const BadRows bad = over_rows(batch, arguments.width + arguments.out_width, [&](int64_t begin, int64_t end) {
-    return baseline::apply_edits(arguments, begin, end);
-  });
-  refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
-  if (bad.other == kNoRow) return;
-  const int64_t* counts = arguments.insert + bad.other * (arguments.width - 1);
-  const int64_t slot = std::find_if(counts, counts + arguments.width - 1, [](int64_t n) { return n < 0; }) - counts;
-  throw std::invalid_argument("insert must not be negative; got " + std::to_string(counts[slot]) + " in row " +
-                              std::to_string(bad.other) + ", slot " + std::to_string(slot));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(const Tensor& tokens,                 // [B, S]
-                                                           const std::optional<Tensor>& deleted,  // [B, S]
-                                                           const std::optional<Tensor>& insert,   // [B, S-1]
-                                                           const std::optional<Tensor>& fill,     // [B, W]
-                                                           const std::optional<Tensor>& scores,   // [B, S]
-                                                           int64_t pad_id, int64_t bos_id, int64_t eos_id,
-                                                           int64_t mask_id, int64_t width) {
-  const int64_t batch = tokens.size(0), source_width = tokens.size(1);
-  STD_TORCH_CHECK(width >= 1 || source_width == 0, "width must be at least 1");
-  auto contiguous = [](const std::optional<Tensor>& tensor) {
-    return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(const Tensor& tokens, const std::optional<Tensor>& delete_labels,
+                                                           const std::optional<Tensor>& insert,
+                                                           const std::optional<Tensor>& fill,
+                                                           const std::optional<Tensor>& scores, int64_t pad_id,
+                                                           int64_t bos_id, int64_t eos_id, int64_t mask_id,
+                                                           int64_t width) {
+  auto run = [](const auto& arguments, int64_t batch) {
+    const int64_t cost = arguments.width + arguments.out_width;
+    const BadRows bad = over_rows(batch, cost, [&](int64_t begin, int64_t end) {
+      return baseline::apply_edits(arguments, begin, end);
+    });
+    refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
+    if (bad.other == kNoRow) return;
+    const int64_t slots = arguments.width - 1;
+    const int64_t* counts = arguments.insert + bad.other * slots;
+    const int64_t slot = std::find_if(counts, counts + slots, [](int64_t count) { return count < 0; }) - counts;
+    throw std::invalid_argument("insert must not be negative; got " + std::to_string(counts[slot]) + " in row " +
+                                std::to_string(bad.other) + ", slot " + std::to_string(slot));
   };
-  const Tensor x = torch::stable::contiguous(tokens);
-  const auto deleted_rows = contiguous(deleted), insert_rows = contiguous(insert), fill_rows = contiguous(fill),
-             score_rows = contiguous(scores);
-  Tensor out_tokens = torch::stable::new_empty(tokens, {batch, width});
-  Tensor out_scores = scores.has_value() ? torch::stable::new_empty(*scores, {batch, width})
-                                         : torch::stable::new_empty(tokens, {0}, ScalarType::Float);
-  Tensor lengths = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);
-  Tensor origin = torch::stable::new_empty(tokens, {batch, width}, ScalarType::Long);
-  with_id_type(tokens, [&](auto id) {
-    using Id = decltype(id);
-    auto run = [&](auto score) {
-      using Score = decltype(score);
-      apply_edits_rows(
-          ApplyArguments<Id, Score>{
-              x.const_data_ptr<Id>(), deleted_rows ? deleted_rows->const_data_ptr<bool>() : nullptr,
-              insert_rows ? insert_rows->const_data_ptr<int64_t>() : nullptr,
-              fill_rows ? fill_rows->const_data_ptr<Id>() : nullptr,
-              score_rows ? static_cast<const Score*>(score_rows->data_ptr()) : nullptr, source_width, width, pad_id,
-              bos_id, eos_id, mask_id, out_tokens.mutable_data_ptr<Id>(),
-              score_rows ? static_cast<Score*>(out_scores.data_ptr()) : nullptr,
-              lengths.mutable_data_ptr<int64_t>(), origin.mutable_data_ptr<int64_t>()},
-          batch);
-    };
-    switch (scores.has_value() ? scores->element_size() : 4) {
-      case 2:
-        return run(uint16_t{});
-      case 4:
-        return run(uint32_t{});
-      default:
-        return run(uint64_t{});
-    }
-  });
-  return {out_tokens, out_scores, lengths, origin};
+  return apply_edits_op(tokens, delete_labels, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, run);
 }
 
 }  // namespace

@@ -1,0 +1,156 @@
+// Tensors of the levenshtein ops: what CPU and CUDA check and allocate alike. `run` gets the arguments and B.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "levenshtein.h"
+
+namespace condgen_fast::levenshtein {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Call>
+void with_id_type(const Tensor& tokens, const Call& call) {
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long || tokens.scalar_type() == ScalarType::Int,
+                  "token ids must be int64 or int32");
+  if (tokens.scalar_type() == ScalarType::Long) {
+    call(int64_t{});
+  } else {
+    call(int32_t{});
+  }
+}
+
+inline void check_pair(const Tensor& first, const Tensor& second) {
+  STD_TORCH_CHECK(first.dim() == 2 && second.dim() == 2 && first.size(0) == second.size(0),
+                  "expected [B, S] and [B, T]");
+  STD_TORCH_CHECK(first.scalar_type() == second.scalar_type(), "expected equal dtypes");
+}
+
+inline void check_like(const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "unexpected shape");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "unexpected dtype");
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_op(const Tensor& tokens,  // [B, S]
+                                                          const Tensor& target,  // [B, T]
+                                                          int64_t pad_id, bool source_slots, const Run& run) {
+  check_pair(tokens, target);
+  const int64_t batch = tokens.size(0), width = tokens.size(1), target_width = target.size(1);
+  const Tensor x = torch::stable::contiguous(tokens), y = torch::stable::contiguous(target);
+  Tensor delete_labels = torch::stable::new_empty(tokens, {batch, width}, ScalarType::Bool);
+  Tensor insert = torch::stable::new_empty(tokens, {batch, std::max<int64_t>(width - 1, 0)}, ScalarType::Long);
+  Tensor masked = torch::stable::new_empty(tokens, {batch, target_width}, ScalarType::Bool);
+  Tensor distance = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);
+  with_id_type(tokens, [&](auto id) {
+    using Id = decltype(id);
+    OracleArguments<Id> arguments;
+    arguments.tokens = x.const_data_ptr<Id>();
+    arguments.target = y.const_data_ptr<Id>();
+    arguments.width = width;
+    arguments.target_width = target_width;
+    arguments.pad_id = pad_id;
+    arguments.source_slots = source_slots;
+    arguments.delete_labels = delete_labels.mutable_data_ptr<bool>();
+    arguments.insert = insert.mutable_data_ptr<int64_t>();
+    arguments.masked = masked.mutable_data_ptr<bool>();
+    arguments.distance = distance.mutable_data_ptr<int64_t>();
+    if (batch > 0) run(arguments, batch);
+  });
+  return {delete_labels, insert, masked, distance};
+}
+
+template <class Run>
+Tensor edit_distance_op(const Tensor& a,  // [B, S]
+                        const Tensor& b,  // [B, T]
+                        int64_t pad_id, bool substitution, const Run& run) {
+  check_pair(a, b);
+  const int64_t batch = a.size(0);
+  const Tensor x = torch::stable::contiguous(a), y = torch::stable::contiguous(b);
+  Tensor distance = torch::stable::new_empty(a, {batch}, ScalarType::Long);
+  with_id_type(a, [&](auto id) {
+    using Id = decltype(id);
+    DistanceArguments<Id> arguments;
+    arguments.a = x.const_data_ptr<Id>();
+    arguments.b = y.const_data_ptr<Id>();
+    arguments.width = a.size(1);
+    arguments.other_width = b.size(1);
+    arguments.pad_id = pad_id;
+    arguments.substitution = substitution;
+    arguments.distance = distance.mutable_data_ptr<int64_t>();
+    if (batch > 0) run(arguments, batch);
+  });
+  return distance;
+}
+
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens,                       // [B, S]
+                                                          const std::optional<Tensor>& delete_labels,  // [B, S]
+                                                          const std::optional<Tensor>& insert,         // [B, S-1]
+                                                          const std::optional<Tensor>& fill,           // [B, W]
+                                                          const std::optional<Tensor>& scores,         // [B, S]
+                                                          int64_t pad_id, int64_t bos_id, int64_t eos_id,
+                                                          int64_t mask_id, int64_t out_width, const Run& run) {
+  STD_TORCH_CHECK(tokens.dim() == 2, "expected [B, S]");
+  const int64_t batch = tokens.size(0), width = tokens.size(1);
+  STD_TORCH_CHECK(out_width >= 1 || (out_width == 0 && width == 0), "width must be at least 1");
+  if (delete_labels) check_like(*delete_labels, ScalarType::Bool, batch, width);
+  if (insert) check_like(*insert, ScalarType::Long, batch, std::max<int64_t>(width - 1, 0));
+  if (fill) check_like(*fill, tokens.scalar_type(), batch, out_width);
+  if (scores) check_like(*scores, scores->scalar_type(), batch, width);
+  const Tensor x = torch::stable::contiguous(tokens);
+  const auto deleted = contiguous(delete_labels), counts = contiguous(insert), filling = contiguous(fill),
+             score = contiguous(scores);
+  Tensor out_tokens = torch::stable::new_empty(tokens, {batch, out_width});
+  Tensor out_scores = scores ? torch::stable::new_empty(*scores, {batch, out_width})
+                             : torch::stable::new_empty(tokens, {0}, ScalarType::Float);
+  Tensor lengths = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);
+  Tensor origin = torch::stable::new_empty(tokens, {batch, out_width}, ScalarType::Long);
+  with_id_type(tokens, [&](auto id) {
+    using Id = decltype(id);
+    auto with_score_type = [&](auto bits) {
+      using Score = decltype(bits);
+      ApplyArguments<Id, Score> arguments;
+      arguments.tokens = x.const_data_ptr<Id>();
+      arguments.delete_labels = deleted ? deleted->const_data_ptr<bool>() : nullptr;
+      arguments.insert = counts ? counts->const_data_ptr<int64_t>() : nullptr;
+      arguments.fill = filling ? filling->const_data_ptr<Id>() : nullptr;
+      arguments.scores = score ? static_cast<const Score*>(score->data_ptr()) : nullptr;
+      arguments.width = width;
+      arguments.out_width = out_width;
+      arguments.pad_id = pad_id;
+      arguments.bos_id = bos_id;
+      arguments.eos_id = eos_id;
+      arguments.mask_id = mask_id;
+      arguments.out_tokens = out_tokens.mutable_data_ptr<Id>();
+      arguments.out_scores = score ? static_cast<Score*>(out_scores.data_ptr()) : nullptr;
+      arguments.lengths = lengths.mutable_data_ptr<int64_t>();
+      arguments.origin = origin.mutable_data_ptr<int64_t>();
+      if (batch > 0) run(arguments, batch);
+    };
+    const int64_t bytes = score ? score->element_size() : 4;
+    if (bytes == 2) {
+      with_score_type(uint16_t{});
+    } else if (bytes == 4) {
+      with_score_type(uint32_t{});
+    } else {
+      STD_TORCH_CHECK(bytes == 8, "scores must be of 2, 4 or 8 bytes");
+      with_score_type(uint64_t{});
+    }
+  });
+  return {out_tokens, out_scores, lengths, origin};
+}
+
+}  // namespace condgen_fast::levenshtein
