@@ -42,9 +42,9 @@ def beam_topk(
     logits = torch.where(alive[..., None], logits, -torch.inf)
 
     # stable sorts, the least important key first
-    by_logit = logits.argsort(-1, descending=True, stable=True)  # [B, K, V] tokens
+    by_logit = logits.sort(dim=-1, descending=True, stable=True).indices  # [B, K, V] tokens
     totals = totals.gather(-1, by_logit).flatten(1)
-    order = totals.argsort(1, descending=True, stable=True)[:, :found]
+    order = totals.sort(dim=1, descending=True, stable=True).indices[:, :found]
     return _padded(totals.gather(1, order), order // V, by_logit.flatten(1).gather(1, order), k)
 
 
