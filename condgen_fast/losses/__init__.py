@@ -1,0 +1,1 @@
+"""Training losses built from the package's ops."""

@@ -1,0 +1,58 @@
+"""Score a model, or a file of translations, on a test set: BLEU, chrF and TER with their signatures.
+
+  condgen-fast evaluate --model runs/teacher --source test.en --reference test.de --strategy beam
+  condgen-fast evaluate --hypotheses test.out --reference test.de
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from condgen_fast.data.text import read_parallel
+from condgen_fast.metrics.bleu import bleu, chrf, ter
+from condgen_fast.metrics.repetition import repeated_token_rate
+from condgen_fast.models.checkpoint import load_model
+from condgen_fast.recipes.evaluation import DecodingOptions, translate_lines
+
+
+@dataclass(kw_only=True)
+class Evaluate(DecodingOptions):
+    """Score translations against references."""
+
+    reference: Path
+    """reference translations, one a line"""
+    model: str | None = None
+    """shipped model's name or model folder that translates `source`"""
+    source: Path | None = None
+    """source text, one sentence a line"""
+    hypotheses: Path | None = None
+    """translations to score instead of a model's"""
+    max_tokens: int = 4096
+    """padded source tokens decoded at a time"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda"""
+
+
+def main(options: Evaluate) -> None:
+    if (options.model is None) == (options.hypotheses is None):
+        raise ValueError("evaluate needs either --model with --source, or --hypotheses")
+    if options.hypotheses is not None:
+        outputs, references = read_parallel(options.hypotheses, options.reference)
+    else:
+        if options.source is None:
+            raise ValueError("source must be given with a model; got none")
+        device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        model, vocabulary = load_model(options.model, device=device)
+        sources, references = read_parallel(options.source, options.reference)
+        strategy, choices = options.strategy_for(model)
+        outputs = translate_lines(
+            model, vocabulary, sources, strategy, max_tokens=options.max_tokens,
+            progress=sys.stderr.isatty(), **choices,
+        )  # fmt: skip
+    for score in (bleu(outputs, references), chrf(outputs, references), ter(outputs, references)):
+        print(f"{score.name:<5} {score.score:6.2f}   {score.signature}")
+    print(f"repeated tokens {100 * repeated_token_rate([line.split() for line in outputs]):.2f} %")

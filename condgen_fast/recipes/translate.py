@@ -1,0 +1,50 @@
+"""Translate plain text with a trained model folder or a shipped model: one sentence in, one line out.
+
+  echo "Open the file." | condgen-fast translate --model levenshtein-en-de
+  condgen-fast translate --model runs/teacher --input test.en --output test.de --strategy beam --beam-size 5
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from condgen_fast.data.text import read_lines, write_lines
+from condgen_fast.models.checkpoint import load_model
+from condgen_fast.recipes.evaluation import DecodingOptions, translate_lines
+
+
+@dataclass(kw_only=True)
+class Translate(DecodingOptions):
+    """Translate text, one sentence a line."""
+
+    model: str
+    """a shipped model's name (transformer-en-de, cmlm-en-de, levenshtein-en-de) or a model folder"""
+    input: str = "-"
+    """text file, one sentence a line; - is standard input"""
+    output: str = "-"
+    """where the translations go; - is standard output"""
+    max_tokens: int = 4096
+    """padded source tokens decoded at a time"""
+    truncate: bool = False
+    """leave out the end of a line that is longer than the model's positions, instead of stopping"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda"""
+
+
+def main(options: Translate) -> None:
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model, vocabulary = load_model(options.model, device=device)
+    lines = read_lines(options.input)
+    strategy, choices = options.strategy_for(model)
+    translations = translate_lines(
+        model, vocabulary, lines, strategy, max_tokens=options.max_tokens, truncate=options.truncate,
+        progress=sys.stderr.isatty(), **choices,
+    )  # fmt: skip
+    if options.output == "-":
+        sys.stdout.writelines(line + "\n" for line in translations)
+    else:
+        write_lines(Path(options.output), translations)

@@ -1,0 +1,150 @@
+"""Training through the command: resuming after a kill, two processes, warm starts, distillation, clear refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from condgen_fast.cli import main
+from condgen_fast.models.checkpoint import load_model, read_tensors
+from condgen_fast.recipes.training import average_checkpoints, inverse_square_root
+
+
+def final_weights(folder):
+    return read_tensors(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = final_weights(a), final_weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("kind", ["transformer", "cmlm", "levenshtein"])
+def test_a_resumed_run_ends_with_the_same_weights(kind, train_arguments, tmp_path, monkeypatch):
+    assert main(train_arguments(kind, tmp_path / "whole")) == 0
+    folder = tmp_path / "whole"
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors", "vocab.model", "log.csv", "curve.png"}
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+
+    from condgen_fast.recipes import training
+
+    real_save = training.Run.save
+
+    def save_and_die(self, measures):
+        real_save(self, measures)
+        if self.update == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Run, "save", save_and_die)
+    assert main(train_arguments(kind, tmp_path / "halves")) == 130
+    monkeypatch.undo()
+    assert main([*train_arguments(kind, tmp_path / "halves"), "--resume"]) == 0
+    assert_same_weights(folder, tmp_path / "halves")
+
+
+def test_sigkill_at_any_moment_leaves_a_run_that_resumes(train_arguments, tmp_path):
+    arguments = train_arguments("transformer", tmp_path / "killed", updates=12, save_every=1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert main(train_arguments("transformer", tmp_path / "whole", updates=12, save_every=1)) == 0
+    for attempt in range(3):
+        resume = ["--resume"] if attempt else []
+        process = subprocess.Popen(
+            [sys.executable, "-m", "condgen_fast.cli", *arguments, *resume],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        checkpoints, before = tmp_path / "killed" / "checkpoints", attempt * 3
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(int(p.name[5:]) > before + 1 for p in checkpoints.glob("step-*")):
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main([*arguments, "--resume"]) == 0
+    for a, b in zip(*(sorted((tmp_path / x / "checkpoints").glob("step-*")) for x in ("whole", "killed")), strict=True):
+        for name, tensor in final_weights(a).items():
+            torch.testing.assert_close(tensor, final_weights(b)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_and_agree(train_arguments, tmp_path):
+    arguments = train_arguments("transformer", tmp_path / "two", updates=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
+    result = subprocess.run(
+        [*command, "-m", "condgen_fast.cli", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    model, _ = load_model(tmp_path / "two")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_word_level_distillation_and_warm_starts_use_the_teacher(train_arguments, tmp_path):
+    assert main(train_arguments("transformer", tmp_path / "teacher")) == 0
+    vocabulary = {"vocabulary": tmp_path / "teacher" / "vocab.model"}
+    assert main(train_arguments("transformer", tmp_path / "alone", **vocabulary)) == 0
+    assert main(train_arguments("transformer", tmp_path / "kd", teacher=tmp_path / "teacher", **vocabulary)) == 0
+    a, b = final_weights(tmp_path / "alone"), final_weights(tmp_path / "kd")
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+    start = {"initialize-from": tmp_path / "teacher", "updates": 1, "save-every": 1, "learning-rate": 1e-9}
+    assert main(train_arguments("levenshtein", tmp_path / "warm", **vocabulary, **start)) == 0
+    teacher, warm = final_weights(tmp_path / "teacher"), final_weights(tmp_path / "warm")
+    for name, tensor in teacher.items():
+        torch.testing.assert_close(warm[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_averaging_is_the_mean(train_arguments, tmp_path):
+    assert main(train_arguments("transformer", tmp_path / "run")) == 0
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    a, b = (read_tensors(folder / "model.safetensors") for folder in folders)
+    for name, tensor in final_weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, (a[name] + b[name]) / 2)
+    with pytest.raises(ValueError, match="at least one checkpoint"):
+        average_checkpoints(load_model(tmp_path / "run")[0], [])
+
+
+def test_schedule():
+    rates = [inverse_square_root(update, 1e-3, 100) for update in (1, 50, 100, 400)]
+    assert rates == pytest.approx([1e-5, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "missing.src"}, "missing.src"),
+        ({"size": "huge"}, "size must be one of tiny, small, base, big; got 'huge'"),
+        ({"updates": 0}, "updates must be at least 1; got 0"),
+        ({"vocabulary-size": 100_000}, "100000"),
+        ({"max-length": 2}, "no pair"),
+    ],
+)
+def test_bad_options_are_refused(change, message, train_arguments, tmp_path, capsys):
+    assert main(train_arguments("transformer", tmp_path / "run", **change)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_option_names_the_nearest(train_arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*train_arguments("transformer", tmp_path / "run"), "--labelsmoothing", "0.1"])
+    assert stopped.value.code == 2
+    assert "--label-smoothing" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_overwritten(train_arguments, tmp_path, capsys):
+    assert main(train_arguments("transformer", tmp_path / "run")) == 0
+    before = final_weights(tmp_path / "run")
+    assert main(train_arguments("transformer", tmp_path / "run")) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert main([*train_arguments("transformer", tmp_path / "run", warmup=5), "--resume"]) == 1
+    assert "warmup was 4" in capsys.readouterr().err
+    assert final_weights(tmp_path / "run").keys() == before.keys()
