@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-#include "trace_back.h"
+#include "levenshtein/trace_back.h"
 
 namespace {
 

@@ -1,38 +1,23 @@
 // Schemas of the levenshtein family, and its CPU ops: they split the rows over threads and refuse bad ones.
-#include "levenshtein.h"
+#include "levenshtein/levenshtein.h"
 
 #include <mutex>
-#include <stdexcept>
-#include <string>
 
-#include "levenshtein_tensors.h"
+#include "common/check.h"
+#include "common/parallel.h"
+#include "levenshtein/levenshtein_tensors.h"
 
 namespace condgen_fast::levenshtein {
 
-#define DECLARE(ISA)                                                                                   \
-  namespace ISA {                                                                                      \
-  template <class Id>                                                                                  \
-  BadRows edit_oracle(const OracleArguments<Id>& arguments, int64_t begin, int64_t end);               \
-  template <class Id>                                                                                  \
-  BadRows edit_distance(const DistanceArguments<Id>& arguments, int64_t begin, int64_t end);           \
-  template <class Id, class Score>                                                                     \
-  BadRows apply_edits(const ApplyArguments<Id, Score>& arguments, int64_t begin, int64_t end);         \
-  }
-DECLARE(baseline)
-#undef DECLARE
-
 namespace {
 
-// A range shorter than this is done before a second thread has started.
-constexpr int64_t kRangeTokens = 8192;
-
-// Runs kernel(begin, end) on ranges of rows; cost is the number of tokens in a row.
+// Runs kernel(begin, end) on ranges of rows; tokens is the number of tokens in a row.
 template <class Kernel>
-BadRows over_rows(int64_t rows, int64_t cost, const Kernel& kernel) {
+BadRows over_rows(int64_t rows, int64_t tokens, const Kernel& kernel) {
+  constexpr int64_t kWorkPerToken = 4;
   BadRows bad;
   std::mutex mutex;
-  const int64_t grain = std::max<int64_t>(1, kRangeTokens / std::max<int64_t>(1, cost));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, kWorkPerToken * tokens, [&](int64_t begin, int64_t end) {
     const BadRows found = kernel(begin, end);
     const std::lock_guard<std::mutex> lock(mutex);
     bad.padded_first = std::min(bad.padded_first, found.padded_first);
@@ -42,62 +27,56 @@ BadRows over_rows(int64_t rows, int64_t cost, const Kernel& kernel) {
   return bad;
 }
 
-// std::invalid_argument arrives in Python as ValueError.
 template <class Id>
 void refuse_padding(int64_t row, const Id* tokens, int64_t width, int64_t pad_id, const char* name) {
   if (row == kNoRow) return;
   const Id* first = tokens + row * width;
-  const int64_t position = std::find(first, first + width, static_cast<Id>(pad_id)) - first;
-  throw std::invalid_argument(std::string(name) + " must be right-padded; got pad_id " + std::to_string(pad_id) +
-                              " before a token in row " + std::to_string(row) + ", position " +
-                              std::to_string(position));
+  fail(name, " must be right-padded; got pad_id ", pad_id, " before a token in row ", row, ", position ",
+       std::find(first, first + width, static_cast<Id>(pad_id)) - first);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cpu(const Tensor& tokens, const Tensor& target, int64_t pad_id,
                                                            bool source_slots) {
   return edit_oracle_op(tokens, target, pad_id, source_slots, [](const auto& arguments, int64_t batch) {
-    const int64_t cost = arguments.width + arguments.target_width;
-    const BadRows bad = over_rows(batch, cost, [&](int64_t begin, int64_t end) {
-      return baseline::edit_oracle(arguments, begin, end);
+    const int64_t row_tokens = arguments.width + arguments.target_width;
+    const BadRows bad = over_rows(batch, row_tokens, [&](int64_t begin, int64_t end) {
+      return CONDGEN_FAST_CPU_CALL(edit_oracle, arguments, begin, end);
     });
     refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
     refuse_padding(bad.padded_second, arguments.target, arguments.target_width, arguments.pad_id, "target");
     if (bad.other == kNoRow) return;
-    throw std::invalid_argument(std::string("target must need no insertion before the first or after the last ") +
-                                (arguments.source_slots ? "source" : "kept") + " token; got one in row " +
-                                std::to_string(bad.other) + " (let tokens and target share bos and eos)");
+    fail("target must need no insertion before the first or after the last ",
+         arguments.source_slots ? "source" : "kept", " token; got one in row ", bad.other,
+         " (let tokens and target share bos and eos)");
   });
 }
 
 Tensor edit_distance_cpu(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution) {
   return edit_distance_op(a, b, pad_id, substitution, [](const auto& arguments, int64_t batch) {
-    const int64_t cost = arguments.width + arguments.other_width;
-    const BadRows bad = over_rows(batch, cost, [&](int64_t begin, int64_t end) {
-      return baseline::edit_distance(arguments, begin, end);
+    const int64_t row_tokens = arguments.width + arguments.other_width;
+    const BadRows bad = over_rows(batch, row_tokens, [&](int64_t begin, int64_t end) {
+      return CONDGEN_FAST_CPU_CALL(edit_distance, arguments, begin, end);
     });
     refuse_padding(bad.padded_first, arguments.a, arguments.width, arguments.pad_id, "a");
     refuse_padding(bad.padded_second, arguments.b, arguments.other_width, arguments.pad_id, "b");
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(const Tensor& tokens, const std::optional<Tensor>& delete_labels,
-                                                           const std::optional<Tensor>& insert,
-                                                           const std::optional<Tensor>& fill,
-                                                           const std::optional<Tensor>& scores, int64_t pad_id,
-                                                           int64_t bos_id, int64_t eos_id, int64_t mask_id,
-                                                           int64_t width) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(
+    const Tensor& tokens, const std::optional<Tensor>& delete_labels, const std::optional<Tensor>& insert,
+    const std::optional<Tensor>& fill, const std::optional<Tensor>& scores, int64_t pad_id, int64_t bos_id,
+    int64_t eos_id, int64_t mask_id, int64_t width) {
   auto run = [](const auto& arguments, int64_t batch) {
-    const int64_t cost = arguments.width + arguments.out_width;
-    const BadRows bad = over_rows(batch, cost, [&](int64_t begin, int64_t end) {
-      return baseline::apply_edits(arguments, begin, end);
+    const int64_t row_tokens = arguments.width + arguments.out_width;
+    const BadRows bad = over_rows(batch, row_tokens, [&](int64_t begin, int64_t end) {
+      return CONDGEN_FAST_CPU_CALL(apply_edits, arguments, begin, end);
     });
     refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
     if (bad.other == kNoRow) return;
     const int64_t slots = arguments.width - 1;
     const int64_t* counts = arguments.insert + bad.other * slots;
     const int64_t slot = std::find_if(counts, counts + slots, [](int64_t count) { return count < 0; }) - counts;
-    throw std::invalid_argument("insert must not be negative; got " + std::to_string(counts[slot]) + " in row " +
-                                std::to_string(bad.other) + ", slot " + std::to_string(slot));
+    fail("insert must not be negative; got ", counts[slot], " in row ", bad.other, ", slot ", slot);
   };
   return apply_edits_op(tokens, delete_labels, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, run);
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/cpu_capability.h"
+
 namespace condgen_fast::levenshtein {
 
 // The lowest row that breaks a rule, or kNoRow.
@@ -61,5 +63,13 @@ struct ApplyArguments {
   int64_t* lengths;   // [B]
   int64_t* origin;    // [B, W]
 };
+
+// Rows [begin, end) of the batch.
+CONDGEN_FAST_CPU_DECLARE(template <class Id>
+                         BadRows edit_oracle(const OracleArguments<Id>& arguments, int64_t begin, int64_t end);
+                         template <class Id>
+                         BadRows edit_distance(const DistanceArguments<Id>& arguments, int64_t begin, int64_t end);
+                         template <class Id, class Score>
+                         BadRows apply_edits(const ApplyArguments<Id, Score>& arguments, int64_t begin, int64_t end);)
 
 }  // namespace condgen_fast::levenshtein

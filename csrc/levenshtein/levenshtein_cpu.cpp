@@ -1,6 +1,6 @@
-#include "levenshtein.h"
+#include "levenshtein/levenshtein.h"
 
-#include "bit_parallel.h"
+#include "levenshtein/bit_parallel.h"
 
 namespace condgen_fast::levenshtein::CONDGEN_FAST_ISA {
 
@@ -201,11 +201,11 @@ BadRows apply_edits(const ApplyArguments<Id, Score>& arguments, int64_t begin, i
   return bad;
 }
 
-#define INSTANTIATE(Id)                                                                                   \
-  template BadRows edit_oracle<Id>(const OracleArguments<Id>&, int64_t, int64_t);                         \
-  template BadRows edit_distance<Id>(const DistanceArguments<Id>&, int64_t, int64_t);                     \
-  template BadRows apply_edits<Id, uint16_t>(const ApplyArguments<Id, uint16_t>&, int64_t, int64_t);      \
-  template BadRows apply_edits<Id, uint32_t>(const ApplyArguments<Id, uint32_t>&, int64_t, int64_t);      \
+#define INSTANTIATE(Id)                                                                              \
+  template BadRows edit_oracle<Id>(const OracleArguments<Id>&, int64_t, int64_t);                    \
+  template BadRows edit_distance<Id>(const DistanceArguments<Id>&, int64_t, int64_t);                \
+  template BadRows apply_edits<Id, uint16_t>(const ApplyArguments<Id, uint16_t>&, int64_t, int64_t); \
+  template BadRows apply_edits<Id, uint32_t>(const ApplyArguments<Id, uint32_t>&, int64_t, int64_t); \
   template BadRows apply_edits<Id, uint64_t>(const ApplyArguments<Id, uint64_t>&, int64_t, int64_t);
 INSTANTIATE(int32_t)
 INSTANTIATE(int64_t)

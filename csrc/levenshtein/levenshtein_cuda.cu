@@ -4,8 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "levenshtein_tensors.h"
-#include "trace_back.h"
+#include "levenshtein/levenshtein_tensors.h"
+#include "levenshtein/trace_back.h"
 
 namespace condgen_fast::levenshtein {
 namespace {
@@ -74,8 +74,8 @@ struct TableRows {
 
 // scratch: (S + 1) * ceil(T / 32) words for each sentence, or null where shared memory has them.
 template <class Id>
-__global__ void __launch_bounds__(kWarp) edit_oracle_kernel(OracleArguments<Id> arguments, uint32_t* scratch,
-                                                            int64_t scratch_words) {
+__global__ void __launch_bounds__(kWarp)
+    edit_oracle_kernel(OracleArguments<Id> arguments, uint32_t* scratch, int64_t scratch_words) {
   extern __shared__ uint32_t shared[];
   const int64_t b = blockIdx.x;
   const int lane = threadIdx.x;
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kWarp) edit_oracle_kernel(OracleArguments<Id> 
 
 // scratch: 2 ceil(T / 32) words for each sentence, or null where shared memory has them.
 template <class Id>
-__global__ void __launch_bounds__(kWarp) edit_distance_kernel(DistanceArguments<Id> arguments, uint32_t* scratch,
-                                                              int64_t scratch_words) {
+__global__ void __launch_bounds__(kWarp)
+    edit_distance_kernel(DistanceArguments<Id> arguments, uint32_t* scratch, int64_t scratch_words) {
   extern __shared__ uint32_t shared[];
   const int64_t b = blockIdx.x;
   const int lane = threadIdx.x;
@@ -301,12 +301,10 @@ Tensor edit_distance_cuda(const Tensor& a, const Tensor& b, int64_t pad_id, bool
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cuda(const Tensor& tokens, const std::optional<Tensor>& delete_labels,
-                                                            const std::optional<Tensor>& insert,
-                                                            const std::optional<Tensor>& fill,
-                                                            const std::optional<Tensor>& scores, int64_t pad_id,
-                                                            int64_t bos_id, int64_t eos_id, int64_t mask_id,
-                                                            int64_t width) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cuda(
+    const Tensor& tokens, const std::optional<Tensor>& delete_labels, const std::optional<Tensor>& insert,
+    const std::optional<Tensor>& fill, const std::optional<Tensor>& scores, int64_t pad_id, int64_t bos_id,
+    int64_t eos_id, int64_t mask_id, int64_t width) {
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   auto run = [&](const auto& arguments, int64_t batch) {
     apply_edits_kernel<<<batch, kWarp, 0, current_stream(tokens)>>>(arguments);

@@ -9,17 +9,13 @@
 #include <optional>
 #include <tuple>
 
-#include "levenshtein.h"
+#include "common/check.h"
+#include "levenshtein/levenshtein.h"
 
 namespace condgen_fast::levenshtein {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 template <class Call>
 void with_id_type(const Tensor& tokens, const Call& call) {
-  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long || tokens.scalar_type() == ScalarType::Int,
-                  "token ids must be int64 or int32");
   if (tokens.scalar_type() == ScalarType::Long) {
     call(int64_t{});
   } else {
@@ -27,15 +23,22 @@ void with_id_type(const Tensor& tokens, const Call& call) {
   }
 }
 
-inline void check_pair(const Tensor& first, const Tensor& second) {
-  STD_TORCH_CHECK(first.dim() == 2 && second.dim() == 2 && first.size(0) == second.size(0),
-                  "expected [B, S] and [B, T]");
-  STD_TORCH_CHECK(first.scalar_type() == second.scalar_type(), "expected equal dtypes");
+inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name) {
+  check_shape(first, first_name, {-1, -1});
+  check_dtype(first, first_name, {ScalarType::Long, ScalarType::Int});
+  check_shape(second, second_name, {-1, -1});
+  check_dtype(second, second_name, {first.scalar_type()});
+  check_same_device(second, second_name, first, first_name);
+  CONDGEN_FAST_CHECK(first.size(0) == second.size(0), second_name, " must have ", first.size(0), " rows; got ",
+                     second.size(0));
 }
 
-inline void check_like(const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "unexpected shape");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "unexpected dtype");
+inline void check_like(const std::optional<Tensor>& value, const char* name, const Tensor& tokens, ScalarType dtype,
+                       int64_t columns) {
+  if (!value) return;
+  check_shape(*value, name, {tokens.size(0), columns});
+  check_dtype(*value, name, {dtype});
+  check_same_device(*value, name, tokens, "tokens");
 }
 
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
@@ -47,7 +50,7 @@ template <class Run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_op(const Tensor& tokens,  // [B, S]
                                                           const Tensor& target,  // [B, T]
                                                           int64_t pad_id, bool source_slots, const Run& run) {
-  check_pair(tokens, target);
+  check_pair(tokens, "tokens", target, "target");
   const int64_t batch = tokens.size(0), width = tokens.size(1), target_width = target.size(1);
   const Tensor x = torch::stable::contiguous(tokens), y = torch::stable::contiguous(target);
   Tensor delete_labels = torch::stable::new_empty(tokens, {batch, width}, ScalarType::Bool);
@@ -76,7 +79,7 @@ template <class Run>
 Tensor edit_distance_op(const Tensor& a,  // [B, S]
                         const Tensor& b,  // [B, T]
                         int64_t pad_id, bool substitution, const Run& run) {
-  check_pair(a, b);
+  check_pair(a, "a", b, "b");
   const int64_t batch = a.size(0);
   const Tensor x = torch::stable::contiguous(a), y = torch::stable::contiguous(b);
   Tensor distance = torch::stable::new_empty(a, {batch}, ScalarType::Long);
@@ -96,20 +99,24 @@ Tensor edit_distance_op(const Tensor& a,  // [B, S]
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens,                       // [B, S]
+std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens,                        // [B, S]
                                                           const std::optional<Tensor>& delete_labels,  // [B, S]
                                                           const std::optional<Tensor>& insert,         // [B, S-1]
                                                           const std::optional<Tensor>& fill,           // [B, W]
                                                           const std::optional<Tensor>& scores,         // [B, S]
                                                           int64_t pad_id, int64_t bos_id, int64_t eos_id,
                                                           int64_t mask_id, int64_t out_width, const Run& run) {
-  STD_TORCH_CHECK(tokens.dim() == 2, "expected [B, S]");
+  check_shape(tokens, "tokens", {-1, -1});
+  check_dtype(tokens, "tokens", {ScalarType::Long, ScalarType::Int});
   const int64_t batch = tokens.size(0), width = tokens.size(1);
-  STD_TORCH_CHECK(out_width >= 1 || (out_width == 0 && width == 0), "width must be at least 1");
-  if (delete_labels) check_like(*delete_labels, ScalarType::Bool, batch, width);
-  if (insert) check_like(*insert, ScalarType::Long, batch, std::max<int64_t>(width - 1, 0));
-  if (fill) check_like(*fill, tokens.scalar_type(), batch, out_width);
-  if (scores) check_like(*scores, scores->scalar_type(), batch, width);
+  CONDGEN_FAST_CHECK(out_width >= 1 || (out_width == 0 && width == 0), "width must be at least 1; got ", out_width);
+  check_like(delete_labels, "delete", tokens, ScalarType::Bool, width);
+  check_like(insert, "insert", tokens, ScalarType::Long, std::max<int64_t>(width - 1, 0));
+  check_like(fill, "fill", tokens, tokens.scalar_type(), out_width);
+  if (scores) {
+    check_dtype(*scores, "scores", {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16});
+    check_like(scores, "scores", tokens, scores->scalar_type(), width);
+  }
   const Tensor x = torch::stable::contiguous(tokens);
   const auto deleted = contiguous(delete_labels), counts = contiguous(insert), filling = contiguous(fill),
              score = contiguous(scores);
@@ -146,7 +153,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens, 
     } else if (bytes == 4) {
       with_score_type(uint32_t{});
     } else {
-      STD_TORCH_CHECK(bytes == 8, "scores must be of 2, 4 or 8 bytes");
       with_score_type(uint64_t{});
     }
   });

@@ -1,8 +1,8 @@
 // The walk from the end of the edit script to its front, for one sentence; shared by the CPU and CUDA kernels.
 //
 // Bit j of row i (`state`) is 0 where LCS(x[:i], y[:j+1]) > LCS(x[:i], y[:j]) and 1 where they are equal, which is the
-// vector V of bit-parallel LCS (Hyyrö, "Bit-Parallel LCS-length Computation Revisited", AWOCA 2004). With costs insert 1,
-// delete 1 and no substitution, these bits alone decide "insert, else delete, else keep" at the cell (i, j):
+// vector V of bit-parallel LCS (Hyyrö, "Bit-Parallel LCS-length Computation Revisited", AWOCA 2004). With costs insert
+// 1, delete 1 and no substitution, these bits alone decide "insert, else delete, else keep" at the cell (i, j):
 //   insert  if bit j-1 of row i is 1,
 //   delete  else if j is 0 or bit j-1 of row i-1 is 0,
 //   keep    else.

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from condgen_fast import _library
-from condgen_fast._check import check_choice, check_number, check_tensor
+from condgen_fast._check import check_choice, check_number, check_tensor, check_token_ids
 from condgen_fast.ops.levenshtein import reference
 from condgen_fast.ops.levenshtein.reference import AppliedEdits, EditLabels
 
 __all__ = ["AppliedEdits", "EditLabels", "apply_edits", "edit_distance", "edit_oracle"]
 
-_ID_DTYPES = (torch.int64, torch.int32)
 _IMPLS = ("auto", "reference")
 _SLOTS = ("kept", "source")
 _COSTS = ("levenshtein", "indel")
+_SCORE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def edit_oracle(
@@ -51,8 +51,8 @@ def edit_oracle(
             A target that has its bos only at the front and its eos only at the end never does when ``tokens`` begins
             with that bos and ends with that eos. On a GPU these two are not checked and such counts are dropped.
 
-    Memory: O(S + T) for each sentence in flight (one per thread) and, unless ``tokens`` is a subsequence of ``target``, at
-    most one bit for each cell of the S x T table; far less when few tokens occur twice. On a GPU the table is full.
+    Memory: O(S + T) for each sentence in flight (one per thread) and, unless ``tokens`` is a subsequence of ``target``,
+    at most one bit for each cell of the S x T table; far less when few tokens occur twice. On a GPU the table is full.
 
     Equivalent to: for every row the backtrace of ``d[i, j] = min(d[i-1, j] + 1, d[i, j-1] + 1, d[i-1, j-1] if equal)``.
     """
@@ -61,7 +61,7 @@ def edit_oracle(
     _check_pair(tokens, "tokens", target, "target", pad_id)
     if impl == "reference":
         return reference.edit_oracle(tokens, target, pad_id=pad_id, slots=slots)
-    _library.require()
+    _library.require(tokens.device)
     return EditLabels(*torch.ops.condgen_fast.edit_oracle(tokens, target, pad_id, slots == "source"))
 
 
@@ -97,7 +97,7 @@ def edit_distance(
     _check_pair(a, "a", b, "b", pad_id)
     if impl == "reference":
         return reference.edit_distance(a, b, pad_id=pad_id, cost=cost)
-    _library.require()
+    _library.require(a.device)
     return torch.ops.condgen_fast.edit_distance(a, b, pad_id, cost == "levenshtein")
 
 
@@ -120,8 +120,8 @@ def apply_edits(
     Args:
         tokens: [B, S] int64 or int32, right-padded.
         delete: [B, S] bool; true where a token goes. bos and eos stay wherever they stand.
-        insert: [B, max(S - 1, 0)] int64; ``insert[b, i]`` placeholders (``mask_id``) between the i-th and the next token
-            that stays, so ``slots="kept"`` of ``edit_oracle``. Counts after the last token are ignored.
+        insert: [B, max(S - 1, 0)] int64; ``insert[b, i]`` placeholders (``mask_id``) between the i-th and the next
+            token that stays, so ``slots="kept"`` of ``edit_oracle``. Counts after the last token are ignored.
         fill: [B, W], dtype of ``tokens``, W the width of the result; read wherever the result has ``mask_id``,
             which includes the ``mask_id`` that ``tokens`` already had.
         pad_id, bos_id, eos_id, mask_id: ``pad_id`` differs from the other three.
@@ -146,27 +146,23 @@ def apply_edits(
     Transformer, Gu et al. 2019, arXiv:1905.11006, section 3.1).
     """
     check_choice(impl, "impl", _IMPLS)
-    sizes = check_tensor(tokens, "tokens", shape="B S", dtypes=_ID_DTYPES)
+    sizes = check_token_ids(tokens, "tokens", shape="B S")
     batch, width = sizes["B"], sizes["S"]
     for value, name in ((pad_id, "pad_id"), (bos_id, "bos_id"), (eos_id, "eos_id"), (mask_id, "mask_id")):
-        _check_id(value, name)
+        check_number(value, name, integer=True)
         if value == pad_id and name != "pad_id":
             raise ValueError(f"{name} must differ from pad_id; got {value} for both")
     if max_length is not None:
-        _check_id(max_length, "max_length")
-        check_number(max_length, "max_length", minimum=2)
+        check_number(max_length, "max_length", minimum=2, integer=True)
     if delete is not None:
-        check_tensor(delete, "delete", shape="B S", dtypes=(torch.bool,), device=tokens.device)
-        _check_sizes(delete, "delete", batch, width)
+        check_tensor(delete, "delete", shape="B S", dtypes=(torch.bool,), device=tokens.device, sizes=sizes)
     if insert is not None:
-        check_tensor(insert, "insert", shape="B S", dtypes=(torch.int64,), device=tokens.device)
-        _check_sizes(insert, "insert", batch, max(width - 1, 0))
+        slots = {"B": batch, "S-1": max(width - 1, 0)}
+        check_tensor(insert, "insert", shape="B S-1", dtypes=(torch.int64,), device=tokens.device, sizes=slots)
     if scores is not None:
-        floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-        check_tensor(scores, "scores", shape="B S", dtypes=floats, device=tokens.device)
-        _check_sizes(scores, "scores", batch, width)
+        check_tensor(scores, "scores", shape="B S", dtypes=_SCORE_DTYPES, device=tokens.device, sizes=sizes)
     if impl == "auto":
-        _library.require()
+        _library.require(tokens.device)
 
     if insert is None:
         width = width if max_length is None else min(width, max_length)
@@ -175,8 +171,8 @@ def apply_edits(
     elif batch > 0:
         width = _longest_result(tokens, delete, insert, pad_id, bos_id, eos_id)
     if fill is not None:
-        check_tensor(fill, "fill", shape="B W", dtypes=(tokens.dtype,), device=tokens.device)
-        _check_sizes(fill, "fill", batch, width)
+        wanted = {"B": batch, "W": width}
+        check_tensor(fill, "fill", shape="B W", dtypes=(tokens.dtype,), device=tokens.device, sizes=wanted)
 
     if impl == "reference":
         return reference.apply_edits(
@@ -201,20 +197,9 @@ def _longest_result(
 
 
 def _check_pair(first: Tensor, first_name: str, second: Tensor, second_name: str, pad_id: int) -> None:
-    batch = check_tensor(first, first_name, shape="B S", dtypes=_ID_DTYPES)["B"]
-    check_tensor(second, second_name, shape="B T", dtypes=(first.dtype,), device=first.device)
-    _check_sizes(second, second_name, batch, second.shape[1])
-    _check_id(pad_id, "pad_id")
-
-
-def _check_sizes(value: Tensor, name: str, *sizes: int) -> None:
-    if tuple(value.shape) != sizes:
-        raise ValueError(f"{name} must have shape {list(sizes)}; got {list(value.shape)}")
-
-
-def _check_id(value: int, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    batch = check_token_ids(first, first_name, shape="B S")["B"]
+    check_tensor(second, second_name, shape="B T", dtypes=(first.dtype,), device=first.device, sizes={"B": batch})
+    check_number(pad_id, "pad_id", integer=True)
 
 
 if _library.load():
