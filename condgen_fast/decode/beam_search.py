@@ -15,6 +15,7 @@ from condgen_fast.decode.left_to_right import (
     check_lengths,
     is_any,
     log_prob_of,
+    log_sum,
     never_generated,
     take,
     target_limits,
@@ -86,7 +87,6 @@ class BeamSearch:
         longest = max(limit_steps)
         norms = self._norms(longest, device)
         never = never_generated(model)
-        slots = torch.arange(K, device=device)
 
         rows = torch.arange(B, device=device)  # [R] the sentences still in the batch
         places = rows  # [B] where a sentence stands in it
@@ -120,8 +120,7 @@ class BeamSearch:
             )
             kept, dead = _first(usable & ~is_eos, K)
             scores = found.scores.gather(1, kept).masked_fill(dead, -torch.inf)
-            tokens = found.tokens.gather(1, kept).masked_fill(dead, model.pad_id)
-            parents = torch.where(dead, slots, found.parents.gather(1, kept))
+            tokens, parents = found.tokens.gather(1, kept), found.parents.gather(1, kept)
             lattice.append(_Column(scores, parents, tokens, places))
             if prefix is not None:
                 prefix = torch.cat([take(prefix, parents), tokens[:, :, None]], 2)
@@ -158,7 +157,7 @@ class BeamSearch:
     def _candidates(
         self, logits: Tensor, scores: Tensor, prefix: Tensor | None, at_limit: Tensor | None, never: int, eos_id: int
     ) -> BeamTopK:
-        """The best continuations of each sentence, sorted; enough that K are left without eos and what is banned."""
+        """The best continuations of each sentence, in order; enough that K are left without eos and what is banned."""
         R, K, V = logits.shape
         if prefix is not None and prefix.shape[2] >= self.no_repeat_ngram:
             logits, scores = _without_repeats(logits, scores, prefix, self.no_repeat_ngram)
@@ -166,12 +165,13 @@ class BeamSearch:
         found = beam_topk(logits, scores, min(K * (2 + never), K * V), impl=self.impl)
         if at_limit is None:
             return found
-        ending, parents = (scores + log_prob_of(logits, eos_id)).sort(dim=1, descending=True, stable=True)
-        unused = found.scores.shape[1] - K
+        # each kept hypothesis and its eos, unsorted: all K of them finish
+        ending = torch.full_like(found.scores, -torch.inf)
+        ending[:, :K] = scores + log_prob_of(logits, eos_id)
         column = at_limit[:, None]
         return BeamTopK(
-            scores=torch.where(column, torch.nn.functional.pad(ending, (0, unused), value=-torch.inf), found.scores),
-            parents=torch.where(column, torch.nn.functional.pad(parents, (0, unused)), found.parents),
+            scores=torch.where(column, ending, found.scores),
+            parents=torch.where(column, torch.arange(ending.shape[1], device=logits.device) % K, found.parents),
             tokens=found.tokens.masked_fill(column, eos_id),
         )
 
@@ -267,7 +267,7 @@ def _without_repeats(logits: Tensor, scores: Tensor, prefix: Tensor, n: int) -> 
     # the minimum, because a token may stand in several windows of which one bans it
     bans = torch.where(repeats, -torch.inf, torch.inf).to(logits.dtype)
     masked = logits.scatter_reduce(2, windows[..., -1], bans, "amin")
-    shift = torch.logsumexp(masked.float(), -1) - torch.logsumexp(logits.float(), -1)
+    shift = log_sum(masked) - log_sum(logits)
     return masked, scores + shift.nan_to_num(nan=-torch.inf)
 
 

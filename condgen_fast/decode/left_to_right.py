@@ -47,10 +47,14 @@ def check_due(step: int, device: torch.device) -> bool:
 
 
 def log_prob_of(logits: Tensor, token: int) -> Tensor:
-    """log_softmax(logits)[..., token] in float32 without a V-sized result; -inf where a logit is NaN or no token is
-    possible."""
-    log_prob = logits[..., token].float() - torch.logsumexp(logits.float(), -1)
-    return log_prob.nan_to_num(nan=-torch.inf)
+    """log_softmax(logits)[..., token] in float32; what is NaN or not finite means the same as to `beam_topk`."""
+    return (logits[..., token].float() - log_sum(logits)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+
+def log_sum(logits: Tensor) -> Tensor:
+    """logsumexp over the vocabulary, in float32; a NaN logit counts as -inf."""
+    logits = logits.float()
+    return torch.logsumexp(torch.where(logits.isnan(), -torch.inf, logits), -1)
 
 
 def generate(

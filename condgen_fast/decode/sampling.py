@@ -98,7 +98,7 @@ class Sampling:
         return _mixed(_mixed(sentence + _mixed(seed))[:, None] + samples)
 
     def _draw(self, logits: Tensor, banned: list[int], uniform: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
-        logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
+        logits = torch.where(logits.isnan(), -torch.inf, logits)
         allowed = logits / self.temperature
         for token in banned:
             allowed[..., token] = -torch.inf
@@ -138,5 +138,5 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _uniform(x: Tensor) -> Tensor:
-    """The upper 53 bits as float64 in [0, 1)."""
+    """The upper 53 bits as float64 in [0, 1); uniform * total rounds to less than total."""
     return _shifted(x, 11).double() * 2.0**-53

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from helpers import (
     plain_beam_search,
     random_table,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from condgen_fast.decode import BeamSearch, Greedy, decode
+from condgen_fast.decode import BeamSearch, Greedy, Sampling, beam_search, decode, left_to_right
 
 SCORES = [("power", 1.0), ("power", 0.0), ("power", 2.0), ("power", -0.7), ("gnmt", 0.6), ("gnmt", -1.0), ("none", 1.0)]
 STOPPING = ["exact", "heuristic", "first"]
@@ -53,13 +55,14 @@ def assert_consistent(model, sources, hypotheses, normalization="power", length_
             assert total == pytest.approx(score, abs=atol)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("stopping", STOPPING)
 @pytest.mark.parametrize(("normalization", "length_penalty"), SCORES)
-def test_exhaustive_beam_finds_the_best_of_all_sequences(normalization, length_penalty, stopping):
+def test_exhaustive_beam_finds_the_best_of_all_sequences(normalization, length_penalty, stopping, impl):
     V, longest, sentences = 5, 5, 8
     model = TableModel(random_table(sentences, sum(V**i for i in range(longest)), V, seed=1))
     score = dict(normalization=normalization, length_penalty=length_penalty)
-    beam = BeamSearch(beam_size=130, n_best=6, stopping=stopping, max_length=longest, **score)
+    beam = BeamSearch(beam_size=130, n_best=6, stopping=stopping, max_length=longest, impl=impl, **score)
     found = decode(model, [[s] for s in range(sentences)], beam)
     for s in range(sentences):
         best = all_hypotheses(model, s, longest, **score)[:6]
@@ -169,6 +172,39 @@ def test_beam_of_one_is_greedy(length_penalty):
     assert torch.equal(greedy.iterations, beam.iterations)
 
 
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [BeamSearch(), BeamSearch(stopping="heuristic", no_repeat_ngram=2), Greedy(), Sampling(seed=1, top_k=5, top_p=0.9)],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_the_host_asks_the_device_once_in_eight_steps(monkeypatch, strategy):
+    """With the rhythm of a GPU: the same result, and reads that grow by one in eight steps."""
+    model = TableModel(random_table(30, 499, 8, seed=17, eos_bias=-30.0))
+    model_ending = ShrinkingTableModel(random_table(30, 499, 8, seed=17, eos_bias=1.0))
+    source = [[s] for s in range(30)]
+    expected = decode(model_ending, source, strategy)
+    for module in (beam_search, left_to_right):
+        monkeypatch.setattr(module, "check_due", lambda step, device: (step + 1) % 8 == 0)
+    found = decode(model_ending, source, strategy)
+    assert found.to_lists() == expected.to_lists() and torch.equal(found.iterations, expected.iterations)
+    reads = []
+    for longest in (16, 32):
+        with HostReads() as host:
+            decode(model, source, replace(strategy, max_length=longest))
+        reads.append(host.count)
+    assert reads[1] - reads[0] == 2
+
+
 def test_beam_wider_than_the_vocabulary():
     model = TableModel(random_table(5, 499, 3, seed=7))  # pad = bos, eos and one more token
     found = decode(model, [[s] for s in range(5)], BeamSearch(beam_size=20, n_best=8, max_length=5))
@@ -221,12 +257,12 @@ def test_no_repeat_ngram_keeps_the_models_log_probs():
     assert_consistent(model, range(sentences), found)
 
 
-@pytest.mark.parametrize("poison", [math.nan, -math.inf])
+@pytest.mark.parametrize("poison", [math.nan, -math.inf, math.inf])
 def test_rows_without_a_distribution(poison):
-    """A sentence whose logits are NaN or all -inf has no hypothesis; its neighbours do not notice."""
+    """A sentence whose logits are all NaN or -inf, or +inf among them, has no hypothesis; others do not notice."""
     table = random_table(4, 499, 6, seed=12)
     clean = decode(TableModel(table), [[0], [2], [3]], BeamSearch(beam_size=3))
-    table[1] = poison
+    table[1, :, :: 2 if poison == math.inf else 1] = poison
     for model in (TableModel(table), ShrinkingTableModel(table)):
         found = decode(model, [[0], [1], [2], [3]], BeamSearch(beam_size=3))
         assert found.scores[1, 0] == -math.inf and found.lengths[1, 0] == 0
@@ -236,11 +272,24 @@ def test_rows_without_a_distribution(poison):
         assert greedy.scores[0, 0] == -math.inf and greedy.lengths[0, 0] == 0 and greedy.scores[1, 0] > -math.inf
 
 
-def test_impossible_tokens_are_never_chosen():
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        BeamSearch(beam_size=6, n_best=6),
+        BeamSearch(no_repeat_ngram=1, max_length=5),
+        Greedy(max_length=3),
+        Sampling(seed=0),
+        Sampling(seed=0, top_k=6),
+    ],
+    ids=str,
+)
+def test_impossible_tokens_are_never_chosen(strategy, value):
     table = random_table(10, 499, 8, seed=13)
+    table[:, :, 5:] = value
+    found = decode(TableModel(table), [[s] for s in range(10)], strategy)
     table[:, :, 5:] = -math.inf
     model = TableModel(table)
-    found = decode(model, [[s] for s in range(10)], BeamSearch(beam_size=6, n_best=6))
     assert found.tokens.max() < 5
     assert_consistent(model, range(10), found)
 

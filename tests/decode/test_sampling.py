@@ -62,6 +62,14 @@ def test_the_token_that_crosses_top_p_is_kept():
     assert 0.41 < kept[0] < 0.43 < 0.5 < kept[0] + kept[1]
 
 
+@pytest.mark.parametrize("options", [dict(), dict(top_k=4), dict(top_p=0.9)])
+def test_the_ends_of_the_draw_meet_possible_tokens(options):
+    logits = torch.tensor([[[-math.inf, 1.0, 0.0, -math.inf], [-math.inf, 0.0, 1.0, -math.inf]]])
+    for uniform in (0.0, 1 - 2**-53):
+        tokens, log_probs = Sampling(**options)._draw(logits, [], torch.full((1, 2), uniform, dtype=torch.float64), 1)
+        assert set(tokens.flatten().tolist()) <= {1, 2} and (log_probs > -math.inf).all()
+
+
 def test_cold_sampling_is_greedy():
     model = TableModel(random_table(50, 997, 12, seed=30, eos_bias=1.0))
     source = [[s] for s in range(50)]
