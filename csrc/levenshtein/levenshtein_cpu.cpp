@@ -184,7 +184,7 @@ BadRows apply_edits(const ApplyArguments<Id, Score>& arguments, int64_t begin, i
     for (int64_t i = 0; i < row_extent.length; ++i) {
       if (!stays(i)) continue;
       ++rank;
-      if (kept > out_width && rank >= out_width && rank < kept) continue;  // too many: the last one takes the place
+      if (kept > out_width && rank >= out_width && (rank < kept || out_width == 0)) continue;  // the last one stays
       append(row[i], scores == nullptr ? Score{0} : scores[i], i);
       if (counts == nullptr || rank == kept) continue;
       const int64_t count = counts[rank - 1] < room ? counts[rank - 1] : room;

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kWarp) apply_edits_kernel(ApplyArguments<Id, S
     const int64_t mine = here ? wanted(rank) : 0;
     const int64_t sum = inclusive_sum(mine);
     const int64_t before = inserted + sum - mine;
-    if (here && (kept <= out_width || rank < out_width - 1 || rank == kept - 1)) {
+    if (here && out_width > 0 && (kept <= out_width || rank < out_width - 1 || rank == kept - 1)) {
       const int64_t k = kept > out_width && rank == kept - 1 ? out_width - 1 : rank + (before < room ? before : room);
       const Id token = row[i];
       out[k] = fill != nullptr && token == arguments.mask_id ? fill[k] : token;

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens, 
   check_shape(tokens, "tokens", {-1, -1});
   check_dtype(tokens, "tokens", {ScalarType::Long, ScalarType::Int});
   const int64_t batch = tokens.size(0), width = tokens.size(1);
-  CONDGEN_FAST_CHECK(out_width >= 1 || (out_width == 0 && width == 0), "width must be at least 1; got ", out_width);
+  CONDGEN_FAST_CHECK(out_width >= 0, "width must not be negative; got ", out_width);
   check_like(delete_labels, "delete", tokens, ScalarType::Bool, width);
   check_like(insert, "insert", tokens, ScalarType::Long, std::max<int64_t>(width - 1, 0));
   check_like(fill, "fill", tokens, tokens.scalar_type(), out_width);
