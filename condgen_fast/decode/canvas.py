@@ -1,0 +1,88 @@
+"""What strategies on a canvas (bos … eos, padded on the right) have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from condgen_fast.decode.hypotheses import Hypotheses
+from condgen_fast.decode.protocols import EditModel, FillModel
+from condgen_fast.decode.trace import Trace
+from condgen_fast.ops.refinement import row_stats
+
+# Rows of the vocabulary projection that exist at once; bounds memory where batch times length is large.
+PROJECTED_ROWS = 4096
+
+
+def between(lengths: Tensor, width: int) -> Tensor:
+    """bool [B, width]: the positions between bos and eos of canvases [B, width] with `lengths` [B] tokens inside."""
+    position = torch.arange(width, device=lengths.device)
+    return (position > 0) & (position <= lengths[:, None])
+
+
+def predict(model: FillModel | EditModel, tokens: Tensor, memory: object, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable token at each of `positions`, and its natural log-probability.
+
+    tokens: int64 [B, L]; positions: int64 [N], indices into the flattened canvas. Returns int64 [N] and float32 [N].
+    bos, eos, pad and mask are never predicted: their probability is shared out among the other tokens (unk is one of
+    these). Where a model leaves no other token any probability, the lowest ordinary id comes with log-probability -inf.
+    A model that offers `hidden(tokens, memory)` [B, L, D] and `project(hidden)` has only `positions` projected to the
+    vocabulary; of any other model all of `fill(tokens, memory)` is computed and the rest left unread.
+
+    Equivalent to: ``logits = model.fill(tokens, memory).flatten(0, 1)[positions]``, then
+    ``logits.index_fill(1, specials, -inf).log_softmax(1).max(1)``.
+    """
+    if hasattr(model, "hidden") and hasattr(model, "project"):
+        states, project = model.hidden(tokens, memory).flatten(0, 1), model.project
+    else:
+        states, project = model.fill(tokens, memory).flatten(0, 1), None
+    specials = sorted({model.bos_id, model.eos_id, model.pad_id, model.mask_id})
+    fallback = next(i for i in range(len(specials) + 1) if i not in specials)
+    written, log_probs = [], []
+    for rows in positions.split(PROJECTED_ROWS):
+        logits = states.index_select(0, rows)
+        if project is not None:
+            logits = project(logits)
+        for token in specials:
+            logits[:, token] = -torch.inf
+        stats = row_stats(logits)
+        nothing = ~(stats.log_prob > -torch.inf)  # true for NaN as well
+        written.append(stats.token.masked_fill(nothing, fallback))
+        log_probs.append(stats.log_prob.masked_fill(nothing, -torch.inf))
+    return torch.cat(written), torch.cat(log_probs)
+
+
+def true_positions(flags: Tensor, count: int) -> Tensor:
+    """Flat indices [count] of the true elements of `flags`, whose number the caller knows: no synchronisation."""
+    return torch.nonzero_static(flags.flatten(), size=count).squeeze(1)
+
+
+def mean_log_prob(log_probs: Tensor, counted: Tensor) -> Tensor:
+    """float32 [B]: mean of `log_probs` [B, L] where `counted` [B, L] is true, 0 where nothing is.
+
+    Summed in float64, so that the width of the canvas does not show in the result.
+    """
+    total = log_probs.double().masked_fill(~counted, 0.0).sum(1)
+    return (total / counted.sum(1).clamp(min=1)).float()
+
+
+def hypotheses(
+    model: FillModel | EditModel,
+    tokens: Tensor,
+    log_probs: Tensor,
+    lengths: Tensor,
+    scores: Tensor,
+    iterations: Tensor,
+    trace: list[Trace] | None,
+) -> Hypotheses:
+    """The result from canvases and their log_probs [B, n, W]; `lengths` [B, n] counts neither bos nor eos."""
+    inside = torch.arange(tokens.shape[2] - 1, device=tokens.device) < lengths[..., None]
+    longest = int(lengths.max()) if lengths.numel() else 0
+    return Hypotheses(
+        tokens=torch.where(inside, tokens[..., 1:], model.pad_id)[..., :longest],
+        lengths=lengths,
+        scores=scores,
+        token_log_probs=torch.where(inside, log_probs[..., 1:], 0.0)[..., : longest + 1],
+        iterations=iterations,
+        trace=trace,
+    )

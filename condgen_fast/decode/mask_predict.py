@@ -1,0 +1,133 @@
+"""Mask-Predict (Ghazvininejad et al. 2019): predict the whole target at once, then re-predict what was unsure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from condgen_fast._check import check_number
+from condgen_fast.decode.canvas import between, hypotheses, mean_log_prob, predict, true_positions
+from condgen_fast.decode.hypotheses import Hypotheses
+from condgen_fast.decode.protocols import FillModel
+from condgen_fast.decode.trace import Recorder
+from condgen_fast.ops.refinement import remask
+
+
+@dataclass(frozen=True)
+class MaskPredict:
+    """Decoding of a `FillModel` in a constant number of rounds.
+
+    Each of the `length_beam` most probable target lengths N of a sentence gets a canvas of N masks. Round 0 predicts
+    all of them; round t = 1 … iterations-1 masks the floor(N·(iterations−t)/iterations) tokens of lowest
+    log-probability again (ties: the lower position) and predicts them anew, while every other token keeps the
+    log-probability of the round that wrote it. The candidate of highest mean log-probability is returned (ties: the
+    more probable length). bos, eos, pad and mask are never predicted, never masked and never returned.
+
+    `Hypotheses.scores` are the mean log-probabilities of the tokens, `token_log_probs` holds 0 for eos, and
+    `iterations` counts the decoder passes of a sentence: a round with nothing to mask (N < iterations) does not run.
+
+    Source: "Mask-Predict: Parallel Decoding of Conditional Masked Language Models", arXiv:1904.09324, section 3. The
+    published code takes the floor in float32, masks at least one token in every round, and counts eos in N.
+    """
+
+    model_protocol: ClassVar[type] = FillModel
+
+    # Rounds, the first prediction included.
+    iterations: int = 10
+    # Candidate lengths per sentence; a length that does not fit the model's positions is no candidate.
+    length_beam: int = 5
+    # Candidates returned per sentence, best first; at most length_beam.
+    n_best: int = 1
+    # Tokens masked again in every round at least, whatever the schedule says; the published code has 1.
+    min_remasked: int = 0
+    # Record every step of the best candidate in `Hypotheses.trace`; costs a copy to the host per step.
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        check_number(self.iterations, "iterations", minimum=1, integer=True)
+        check_number(self.length_beam, "length_beam", minimum=1, integer=True)
+        check_number(self.n_best, "n_best", minimum=1, maximum=self.length_beam, integer=True)
+        check_number(self.min_remasked, "min_remasked", minimum=0, integer=True)
+
+    def run(self, model: FillModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
+        """Decode source int64 [B, S] with source_lengths [B]."""
+        memory = model.encode(source, source_lengths)
+        lengths, possible = self._candidate_lengths(model, memory)
+        batch, beam = lengths.shape
+        host_lengths = lengths.flatten().tolist()  # from here to the result every count is known on the host
+        device = lengths.device
+        rows = torch.arange(batch * beam, device=device)
+        memory = model.select(memory, rows // beam)
+
+        width = max(host_lengths, default=0) + 2
+        maskable = between(lengths.flatten(), width)
+        tokens = torch.full(maskable.shape, model.pad_id, device=device).masked_fill_(maskable, model.mask_id)
+        tokens[:, 0] = model.bos_id
+        tokens.scatter_(1, lengths.view(-1, 1) + 1, model.eos_id)
+        log_probs = torch.zeros(maskable.shape, device=device)
+        recorder = Recorder(model, batch * beam) if self.trace else None
+
+        active = list(range(batch * beam))
+        rounds = [0] * (batch * beam)
+        for t in range(self.iterations):
+            counts = [self.masked_tokens(host_lengths[row], t) for row in active]
+            if not all(counts):
+                # The schedule never rises again: a row with nothing to predict has finished.
+                kept = torch.tensor([i for i, count in enumerate(counts) if count], dtype=torch.int64, device=device)
+                active = [row for row, count in zip(active, counts, strict=True) if count]
+                counts = [count for count in counts if count]
+                if not active:
+                    break
+                rows, memory = rows[kept], model.select(memory, kept)
+            canvas, confidence, masked = tokens[rows], log_probs[rows], maskable[rows]
+            if t > 0:
+                masked = remask(confidence, torch.tensor(counts, device=device), maskable=masked)
+                if recorder:
+                    recorder.record(t + 1, "mask", active, canvas, confidence, masked)
+                canvas.masked_fill_(masked, model.mask_id)
+            where = true_positions(masked, sum(counts))
+            token, log_prob = predict(model, canvas, memory, where)
+            canvas.view(-1)[where], confidence.view(-1)[where] = token, log_prob
+            tokens[rows], log_probs[rows] = canvas, confidence
+            for row in active:
+                rounds[row] = t + 1
+            if recorder:
+                recorder.record(t + 1, "fill" if t else "predict", active, canvas, confidence, masked)
+
+        scores = mean_log_prob(log_probs, maskable).view(batch, beam).masked_fill(~possible, -torch.inf)
+        lengths = lengths.masked_fill(~possible, 0)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, order = scores[:, : self.n_best], order[:, : self.n_best]
+        best = order + torch.arange(0, batch * beam, beam, device=device)[:, None]  # [B, n], rows of the canvases
+        return hypotheses(
+            model,
+            tokens[best],
+            log_probs[best],
+            lengths.gather(1, order),
+            scores,
+            torch.tensor(rounds, device=device).view(batch, beam).amax(1),
+            recorder.traces(best[:, 0].tolist()) if recorder else None,
+        )
+
+    def masked_tokens(self, length: int, t: int) -> int:
+        """How many of `length` tokens round t (from 0) predicts: all at first, then the linear schedule in integers."""
+        return max(length * (self.iterations - t) // self.iterations, min(self.min_remasked, length))
+
+    def _candidate_lengths(self, model: FillModel, memory: object) -> tuple[Tensor, Tensor]:
+        """The most probable lengths [B, K], best first (ties: the shorter), and whether each is possible at all."""
+        logits = model.length_logits(memory)[:, 1:]  # of lengths 1, 2, …
+        if hasattr(model, "max_positions"):
+            logits = logits[:, : max(model.max_positions - 2, 0)]
+        if logits.shape[1] == 0:
+            raise ValueError(
+                "length_logits must score a length of at least 1 that fits the model's positions; got none"
+            )
+        logits = logits.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        # Places beyond the lengths there are, so that a result always has n_best hypotheses.
+        logits = torch.nn.functional.pad(logits, (0, max(self.length_beam - logits.shape[1], 0)), value=-torch.inf)
+        values, order = logits.sort(dim=1, descending=True, stable=True)
+        possible = values[:, : self.length_beam] > -torch.inf
+        return (order[:, : self.length_beam] + 1).masked_fill(~possible, 1), possible

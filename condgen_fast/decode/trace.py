@@ -1,0 +1,87 @@
+"""What a decoding strategy did, step by step: plain data that `condgen_fast.decode.html` turns into a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from condgen_fast.decode.protocols import EditModel, FillModel
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on the canvas of one sentence; `touched` marks the positions it concerned.
+
+    operation   canvas shown   what happened to the touched positions
+    start       after          given, not written by a model
+    predict     after          every mask became a token
+    mask        before         tokens that become masks again
+    delete      before         tokens that leave
+    insert      after          masks that came
+    fill        after          masks that became tokens
+    restore     after          an earlier canvas is returned instead of the last
+    write       after          the next token, from left to right
+    """
+
+    iteration: int  # 0 before the first round
+    operation: str
+    tokens: list[int]  # bos … eos, no padding
+    log_probs: list[float]  # natural logarithms; 0 where no model wrote the token (bos, eos, masks, given tokens)
+    touched: list[bool]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The steps that led to the best hypothesis of one sentence, and the ids that have no surface form."""
+
+    steps: list[Step]
+    bos_id: int
+    eos_id: int
+    mask_id: int | None = None  # None where the strategy has no masks
+
+    @property
+    def iterations(self) -> int:
+        """Number of the last round that touched the canvas."""
+        return max((step.iteration for step in self.steps), default=0)
+
+
+class Recorder:
+    """Collects the steps of a batch of canvases; each call of `record` copies to the host."""
+
+    def __init__(self, model: FillModel | EditModel, rows: int):
+        self._model = model
+        self._steps: list[list[Step]] = [[] for _ in range(rows)]
+
+    def record(
+        self, iteration: int, operation: str, rows: list[int], tokens: Tensor, log_probs: Tensor, touched: Tensor
+    ) -> None:
+        """Add one step to each of `rows`: tokens int64 [R, L], log_probs float [R, L], touched bool [R, L].
+
+        A row that the operation did not touch gets no step, unless it is a start.
+        """
+        lengths = (tokens != self._model.pad_id).sum(1).tolist()
+        columns = zip(rows, lengths, tokens.tolist(), log_probs.tolist(), touched.tolist(), strict=True)
+        for row, length, ids, values, flags in columns:
+            if operation == "start" or any(flags):
+                self._steps[row].append(Step(iteration, operation, ids[:length], values[:length], flags[:length]))
+
+    def traces(self, rows: list[int]) -> list[Trace]:
+        """The traces of `rows`, in that order."""
+        model = self._model
+        return [Trace(self._steps[row], model.bos_id, model.eos_id, model.mask_id) for row in rows]
+
+
+def left_to_right(tokens: Tensor, token_log_probs: Tensor, *, pad_id: int, bos_id: int, eos_id: int) -> list[Trace]:
+    """Traces of finished autoregressive outputs, one "write" step per token, to stand beside refinement on a page.
+
+    tokens: int64 [B, L] without bos and eos, padded on the right; token_log_probs: float [B, L+1], eos's after the last
+    token, as in `Hypotheses` (of one hypothesis per sentence).
+    """
+    lengths = (tokens != pad_id).sum(1).tolist()
+    traces = []
+    for length, ids, values in zip(lengths, tokens.tolist(), token_log_probs.tolist(), strict=True):
+        ids, values = [bos_id, *ids[:length], eos_id], [0.0, *values[: length + 1]]
+        steps = [Step(n, "write", ids[: n + 1], values[: n + 1], [False] * n + [True]) for n in range(1, len(ids))]
+        traces.append(Trace(steps, bos_id, eos_id))
+    return traces
