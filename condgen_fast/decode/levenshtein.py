@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -171,6 +172,8 @@ class LevenshteinRefinement:
         if given is None:
             return torch.empty(batch, 0, dtype=torch.int64, device=device)
         if not isinstance(given, Tensor):
+            if not _is_sequence(given) or not all(_is_sequence(row) and _are_ids(row) for row in given):
+                raise TypeError(f"initial must be a Tensor [B, L] or a list of lists of ids; got {given!r:.60}")
             width = max(map(len, given), default=0)
             rows = [[*row, *[model.pad_id] * (width - len(row))] for row in given]
             given = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), width)
@@ -255,6 +258,14 @@ class LevenshteinRefinement:
         """float32 [R]: mean log-probability of the tokens, -inf where there are none."""
         inside = between((tokens != model.pad_id).sum(1) - 2, tokens.shape[1])
         return mean_log_prob(log_probs, inside).masked_fill(~inside.any(1), -torch.inf)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _are_ids(row: Sequence[Any]) -> bool:
+    return all(isinstance(token, Integral) for token in row)
 
 
 def _widen(value: Tensor, width: int, filler: float) -> Tensor:

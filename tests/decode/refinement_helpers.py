@@ -1,4 +1,4 @@
-"""Toy fill and edit models whose behaviour is written down, so that every step of a refinement loop can be predicted."""
+"""Toy fill and edit models whose behaviour is written down, so that every step of a refinement is predictable."""
 
 from __future__ import annotations
 
