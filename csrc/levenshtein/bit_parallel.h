@@ -207,8 +207,11 @@ class LongLcs {
   }
 
  private:
-  // A logged word takes 12 bytes and each occurrence changes at most two words; a whole row takes 8 bytes a word.
-  bool logs_whole_row(int32_t symbol) const { return 3 * int64_t{occurrences_.word_count(symbol)} > words_; }
+  // A logged word takes 12 bytes and each word with occurrences changes at most one other, so that the log is the
+  // larger one beyond a third of the words; up to 8 words a row its size does not matter and it is faster.
+  bool logs_whole_row(int32_t symbol) const {
+    return words_ > 8 && 3 * int64_t{occurrences_.word_count(symbol)} > words_;
+  }
 
   void reserve_log(const Id* x, int64_t m) {
     symbols_.reserve(m);
@@ -221,8 +224,9 @@ class LongLcs {
       if (logs_whole_row(symbol)) {
         values += words_;
       } else {
-        values += 2 * occurrences_.word_count(symbol);
-        words += 2 * occurrences_.word_count(symbol);
+        const int64_t changes = 2 * occurrences_.word_count(symbol);
+        values += changes < words_ ? changes : words_;
+        words += changes < words_ ? changes : words_;
       }
     }
     values_.reserve(values);
