@@ -1,0 +1,7 @@
+"""Knowledge-distillation losses on logits and on hidden states."""
+
+from condgen_fast.ops.kd_loss.linear import linear_kd_loss
+from condgen_fast.ops.kd_loss.op import kd_loss
+from condgen_fast.ops.kd_loss.teachers import LabelPrior, TopK
+
+__all__ = ["LabelPrior", "TopK", "kd_loss", "linear_kd_loss"]

@@ -1,0 +1,90 @@
+"""The kernels as torch.library ops: fakes for tracing, and the gradient, which the forward pass has already computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from condgen_fast import _library
+
+OPTIONS = (
+    "int divergence, float hard, float soft, float temperature, float teacher_temperature, float jsd_beta, "
+    "float label_smoothing, float z_loss, bool with_gradient"
+)  # KernelOptions of op.py, and the flag
+
+
+def kd_loss_dense(student: Tensor, teacher: Tensor | None, labels: Tensor | None, coefficient: Tensor, *options):
+    """Losses [N] and gradient (empty without ``with_gradient``) of rows [A, B, V] against logits [A, B, V'] or none."""
+    return torch.ops.condgen_fast.kd_loss_dense(student, teacher, labels, coefficient, *options)
+
+
+def kd_loss_sparse(
+    student: Tensor, ids: Tensor, probabilities: Tensor, floor: Tensor, labels: Tensor | None, coefficient: Tensor, *options
+):
+    """The same against k listed probabilities [N, k] and that of all other tokens [N]."""
+    return torch.ops.condgen_fast.kd_loss_sparse(student, ids, probabilities, floor, labels, coefficient, *options)
+
+
+def kd_loss_dense_triton(student: Tensor, teacher: Tensor | None, labels: Tensor | None, coefficient: Tensor, *options):
+    """``kd_loss_dense`` by the Triton kernel."""
+    return torch.ops.condgen_fast.kd_loss_dense_triton(student, teacher, labels, coefficient, *options)
+
+
+def _kd_loss_dense_triton(student, teacher, labels, coefficient, *options):
+    from condgen_fast.ops.kd_loss import triton_kernel
+
+    return triton_kernel.kd_loss_dense(student, teacher, labels, coefficient, *options)
+
+
+def _fake(student, *arguments):
+    with_gradient = arguments[-1]
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    losses = student.new_empty(student.shape[0] * student.shape[1], dtype=dtype)
+    return losses, student.new_empty(student.shape if with_gradient else (0,))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.tensor_count = sum(1 for value in inputs if value is None or isinstance(value, Tensor))
+    ctx.save_for_backward(*inputs[: ctx.tensor_count])
+    ctx.options = inputs[ctx.tensor_count : -1]
+    # float16 cannot hold a gradient that a loss scaler has not scaled yet: it is computed in the backward pass.
+    in_forward = inputs[-1] and inputs[0].dtype != torch.float16
+    ctx.gradient = output[1] if in_forward else None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(op):
+    def backward(ctx, grad_losses, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError('kd_loss has no second derivative; use impl="reference" for one')
+        others = (None,) * (ctx.tensor_count + len(ctx.options))
+        if grad_losses is None:
+            return (None, *others)
+        # The buffer is handed out once: autograd may accumulate into it, so a second backward pass computes it anew.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            *tensors, coefficient = ctx.saved_tensors
+            gradient = op(*tensors, coefficient * grad_losses, *ctx.options, True)[1]
+        elif type(grad_losses) is not Tensor:  # traced: no looking at values, no writing into them
+            gradient = gradient * grad_losses.view(*gradient.shape[:2], 1).to(gradient.dtype)
+        elif grad_losses.device.type != "cpu" or not bool((grad_losses == 1).all()):
+            gradient.mul_(grad_losses.reshape(*gradient.shape[:2], 1))
+        return (gradient, *others)
+
+    return backward
+
+
+def _register() -> None:
+    tensors = "Tensor student, Tensor? teacher, Tensor? labels, Tensor coefficient"
+    torch.library.define("condgen_fast::kd_loss_dense_triton", f"({tensors}, {OPTIONS}) -> (Tensor, Tensor)")
+    torch.library.impl("condgen_fast::kd_loss_dense_triton", ("cpu", "cuda"), _kd_loss_dense_triton)
+    ops = {"kd_loss_dense_triton": kd_loss_dense_triton}
+    if _library.load():
+        ops |= {"kd_loss_dense": kd_loss_dense, "kd_loss_sparse": kd_loss_sparse}
+    for name, op in ops.items():
+        torch.library.register_fake(f"condgen_fast::{name}", _fake)
+        torch.library.register_autograd(f"condgen_fast::{name}", _backward(op), setup_context=_setup_context)
+
+
+_register()
