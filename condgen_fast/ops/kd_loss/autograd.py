@@ -1,4 +1,4 @@
-"""The kernels as torch.library ops: fakes for tracing, and the gradient, which the forward pass has already computed."""
+"""The kernels as torch.library ops: fakes for tracing, and the gradient, which the forward pass has computed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _register() -> None:
     torch.library.define("condgen_fast::kd_loss_dense_triton", f"({tensors}, {OPTIONS}) -> (Tensor, Tensor)")
     torch.library.impl("condgen_fast::kd_loss_dense_triton", ("cpu", "cuda"), _kd_loss_dense_triton)
     ops = {"kd_loss_dense_triton": kd_loss_dense_triton}
-    if _library.load():
+    if _library.load() and hasattr(torch.ops.condgen_fast, "kd_loss_dense"):  # not so in an older build
         ops |= {"kd_loss_dense": kd_loss_dense, "kd_loss_sparse": kd_loss_sparse}
     for name, op in ops.items():
         torch.library.register_fake(f"condgen_fast::{name}", _fake)
