@@ -105,7 +105,7 @@ def check_number(
     exclusive: bool = False,
     integer: bool = False,
 ) -> None:
-    """Check that a number (an int with ``integer``) lies between the bounds, which belong to the range unless ``exclusive``.
+    """Check that a number (an int with ``integer``) is within bounds, which belong to the range unless ``exclusive``.
 
     Raises:
         TypeError: ``value`` is no number (bool is none).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ _cuda_problem = ""
 
 
 def directory() -> Path:
-    """The folder of the compiled libraries: that of the package, or ``CONDGEN_FAST_LIBRARY_DIR`` for a private build."""
+    """The folder of the compiled libraries: the package, or ``CONDGEN_FAST_LIBRARY_DIR`` for a private build."""
     return Path(os.environ.get("CONDGEN_FAST_LIBRARY_DIR") or Path(__file__).parent)
 
 
@@ -48,6 +49,13 @@ def require(device: torch.device | None = None) -> None:
             f"    CONDGEN_FAST_CUDA=1 {BUILD_COMMAND}\n"
             'or use the slow reference with impl="reference"'
         )
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorate the fake of ``torch.ops.condgen_fast.<name>``; without effect where no loaded library declares that op."""
+    if load() and hasattr(torch.ops.condgen_fast, name):
+        return torch.library.register_fake(f"condgen_fast::{name}")
+    return lambda function: function
 
 
 def problems() -> dict[str, str]:
