@@ -72,13 +72,11 @@ def beam_topk(
     return BeamTopK(*torch.ops.condgen_fast.beam_topk(logits, scores.float(), k, temperature))
 
 
-if _library.load() and hasattr(torch.ops.condgen_fast, "beam_topk"):
-
-    @torch.library.register_fake("condgen_fast::beam_topk")
-    def _(logits, scores, k, temperature):
-        shape = (logits.shape[0], k)
-        return (
-            logits.new_empty(shape, dtype=torch.float32),
-            logits.new_empty(shape, dtype=torch.int64),
-            logits.new_empty(shape, dtype=torch.int64),
-        )
+@_library.register_fake("beam_topk")
+def _(logits, scores, k, temperature):
+    shape = (logits.shape[0], k)
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(shape, dtype=torch.int64),
+    )

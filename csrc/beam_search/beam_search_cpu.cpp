@@ -1,0 +1,237 @@
+#include "beam_search.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "vector.h"
+
+namespace condgen_fast::beam_search::CONDGEN_FAST_ISA {
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kStep = 4 * Vector::kLanes;
+static_assert(kBlock % kStep == 0);
+
+Candidate candidate(float logit, int64_t token) {
+  const uint32_t bits = std::bit_cast<uint32_t>(logit + 0.0f);  // -0 and 0 are one value
+  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return uint64_t{ordered} << 32 | static_cast<uint32_t>(~token);
+}
+
+float logit_of(Candidate candidate) {
+  const uint32_t ordered = static_cast<uint32_t>(candidate >> 32);
+  return std::bit_cast<float>(ordered & 0x80000000u ? ordered & 0x7FFFFFFFu : ~ordered);
+}
+
+int64_t token_of(Candidate candidate) { return static_cast<uint32_t>(~candidate); }
+
+// The best candidates of a piece so far, in descending order.
+struct Best {
+  Candidate* candidates;  // [capacity]
+  int64_t capacity;
+  int64_t count = 0;
+  float threshold = -kInfinity;  // what a logit has to exceed to enter
+
+  // Tokens come in ascending order, so of equal logits the one that is there stays.
+  void insert(float logit, int64_t token) {
+    const Candidate entering = candidate(logit, token);
+    int64_t place = count < capacity ? count++ : capacity - 1;
+    for (; place > 0 && candidates[place - 1] < entering; --place) candidates[place] = candidates[place - 1];
+    candidates[place] = entering;
+    if (count == capacity) threshold = logit_of(candidates[capacity - 1]);
+  }
+};
+
+// `count` logits as floats, followed by -inf up to a multiple of kStep: where they are, or in `buffer` [kBlock].
+template <class Logit>
+const float* as_floats(const Logit* logits, int64_t count, float* buffer) {
+  if constexpr (std::is_same_v<Logit, float>) {
+    if (count % kStep == 0) return logits;
+  }
+  const int64_t whole = count / Vector::kLanes * Vector::kLanes;
+  for (int64_t i = 0; i < whole; i += Vector::kLanes) Vector::load(logits + i).store(buffer + i);
+  if (whole < count) {
+    Logit rest[Vector::kLanes] = {};
+    std::copy(logits + whole, logits + count, rest);
+    Vector::load(rest).store(buffer + whole);
+  }
+  const int64_t end = (count + kStep - 1) / kStep * kStep;
+  std::fill(buffer + count, buffer + end, -kInfinity);
+  return buffer;
+}
+
+float highest(const float* x, int64_t count) {
+  Vector high[4];
+  for (Vector& part : high) part = Vector::all(-kInfinity);
+  for (int64_t i = 0; i < count; i += kStep) {
+    for (int j = 0; j < 4; ++j) high[j] = Vector::load(x + i + j * Vector::kLanes).max(high[j]);
+  }
+  return high[0].max(high[1]).max(high[2].max(high[3])).highest();
+}
+
+// of 2 ** ((x - highest) * scale)
+float sum_of_powers(const float* x, int64_t count, float highest, float scale) {
+  const Vector top = Vector::all(highest), factor = Vector::all(scale);
+  Vector sums[4];
+  for (Vector& part : sums) part = Vector::all(0.0f);
+  for (int64_t i = 0; i < count; i += kStep) {
+    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + ((Vector::load(x + i + j * Vector::kLanes) - top) * factor).exp2();
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+}
+
+void collect(const float* x, int64_t count, int64_t first_token, Best& best) {
+  for (int64_t i = 0; i < count; i += Vector::kLanes) {
+    uint32_t above = Vector::load(x + i).above(Vector::all(best.threshold));
+    for (; above != 0; above &= above - 1) {
+      const int64_t j = i + std::countr_zero(above);
+      if (x[j] > best.threshold) best.insert(x[j], first_token + j);
+    }
+  }
+}
+
+// Logits of -inf or NaN, which `collect` never takes, where there are too few others.
+template <class Logit>
+void fill_up(const Logit* row, int64_t begin, int64_t end, float* buffer, Best& best) {
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t count = std::min(kBlock, end - first);
+    const float* x = as_floats(row + first, count, buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      if (best.count == best.capacity) return;
+      if (!(x[i] > -kInfinity)) best.candidates[best.count++] = candidate(-kInfinity, first + i);
+    }
+  }
+}
+
+// log2(e) / temperature, finite so that it leaves 0 as it is
+float power_scale(float temperature) {
+  return std::min(1.44269504f / temperature, std::numeric_limits<float>::max());
+}
+
+}  // namespace
+
+template <class Logit>
+void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin, int64_t end) {
+  const float scale = power_scale(arguments.temperature);
+  alignas(64) float buffer[kBlock];
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const int64_t row = pieces.rows[piece / pieces.per_row];
+    const Logit* logits = arguments.logits + row / arguments.beams * arguments.sentence_stride +
+                          row % arguments.beams * arguments.beam_stride;
+    const int64_t piece_begin = piece % pieces.per_row * pieces.blocks * kBlock;
+    const int64_t piece_end = std::min(piece_begin + pieces.blocks * kBlock, arguments.vocab);
+    float* highest_of = pieces.highest + piece * pieces.blocks;
+    float* sum_of = pieces.sums + piece * pieces.blocks;
+    Best best{pieces.best + piece * pieces.kept, std::min(pieces.kept, std::max<int64_t>(piece_end - piece_begin, 0))};
+    for (int64_t block = 0; block < pieces.blocks; ++block) {
+      const int64_t first = piece_begin + block * kBlock;
+      const int64_t count = std::min(kBlock, piece_end - first);
+      highest_of[block] = -kInfinity;
+      sum_of[block] = 0.0f;
+      if (count <= 0) continue;
+      const float* x = as_floats(logits + first, count, buffer);
+      const int64_t padded = (count + kStep - 1) / kStep * kStep;
+      const float top = highest(x, padded);
+      highest_of[block] = top;
+      if (!(std::abs(top) < kInfinity)) continue;
+      if (top > best.threshold) collect(x, padded, first, best);
+      sum_of[block] = sum_of_powers(x, padded, top, scale);
+    }
+    if (best.count < best.capacity) fill_up(logits, piece_begin, piece_end, buffer, best);
+    pieces.found[piece] = best.count;
+  }
+}
+
+namespace {
+
+// What a row amounts to when all its pieces are in.
+struct Row {
+  const Candidate* best;  // null: an empty beam, whose candidates are tokens in order
+  float score, highest, log_sum;
+
+  float total(int64_t place, float temperature) const {
+    if (best == nullptr) return -kInfinity;
+    return score + ((logit_of(best[place]) - highest) / temperature - log_sum);
+  }
+};
+
+Row finish_row(const Pieces& pieces, int64_t row, float score, float scale, int64_t wanted) {
+  const int64_t blocks = pieces.per_row * pieces.blocks;
+  const float* highest_of = pieces.highest + row * blocks;
+  const float* sum_of = pieces.sums + row * blocks;
+  const float top = *std::max_element(highest_of, highest_of + blocks);
+  if (!(std::abs(top) < kInfinity)) return {nullptr, -kInfinity, top, 0.0f};
+  double sum = 0.0;
+  for (int64_t first = 0; first < blocks; first += Vector::kLanes) {
+    float differences[Vector::kLanes] = {}, powers[Vector::kLanes];
+    const int64_t count = std::min<int64_t>(Vector::kLanes, blocks - first);
+    for (int64_t i = 0; i < count; ++i) differences[i] = (highest_of[first + i] - top) * scale;
+    Vector::load(differences).exp2().store(powers);
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(sum_of[first + i]) * powers[i];
+  }
+  Candidate* best = pieces.best + row * pieces.per_row * pieces.kept;
+  if (pieces.per_row > 1) {
+    int64_t count = 0;
+    for (int64_t p = 0; p < pieces.per_row; ++p) {
+      const Candidate* from = pieces.best + (row * pieces.per_row + p) * pieces.kept;
+      std::copy(from, from + pieces.found[row * pieces.per_row + p], best + count);
+      count += pieces.found[row * pieces.per_row + p];
+    }
+    std::partial_sort(best, best + wanted, best + count, std::greater<>());
+  }
+  return {best, score, top, static_cast<float>(std::log(sum))};
+}
+
+}  // namespace
+
+template <class Logit>
+void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_t* row_of, int64_t begin, int64_t end) {
+  const int64_t beams = arguments.beams, k = arguments.k;
+  const int64_t per_row = std::min(k, arguments.vocab);
+  const float scale = power_scale(arguments.temperature);
+  std::vector<Row> rows(beams);
+  std::vector<int64_t> used(beams);   // candidates of a row that are in the result
+  std::vector<float> next(beams);  // total of the first that is not
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t i = 0; i < beams; ++i) {
+      const int64_t row = row_of[b * beams + i];
+      rows[i] = row < 0 ? Row{nullptr, 0.0f, 0.0f, 0.0f}
+                        : finish_row(pieces, row, arguments.scores[b * beams + i], scale, per_row);
+      used[i] = 0;
+      next[i] = rows[i].total(0, arguments.temperature);
+    }
+    for (int64_t place = b * k; place < (b + 1) * k; ++place) {
+      int64_t parent = -1;
+      for (int64_t i = 0; i < beams; ++i) {
+        if (used[i] < per_row && (parent < 0 || next[i] > next[parent])) parent = i;
+      }
+      if (parent < 0) {
+        arguments.out_scores[place] = -kInfinity;
+        arguments.out_parents[place] = arguments.out_tokens[place] = 0;
+        continue;
+      }
+      const Row& row = rows[parent];
+      arguments.out_scores[place] = next[parent];
+      arguments.out_parents[place] = parent;
+      arguments.out_tokens[place] = row.best == nullptr ? used[parent] : token_of(row.best[used[parent]]);
+      if (++used[parent] < per_row) next[parent] = row.total(used[parent], arguments.temperature);
+    }
+  }
+}
+
+#define INSTANTIATE(Logit)                                                                       \
+  template void scan<Logit>(const Arguments<Logit>&, const Pieces&, int64_t, int64_t);           \
+  template void merge<Logit>(const Arguments<Logit>&, const Pieces&, const int64_t*, int64_t, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(Bfloat16)
+INSTANTIATE(Float16)
+#undef INSTANTIATE
+
+}  // namespace condgen_fast::beam_search::CONDGEN_FAST_ISA

@@ -1,0 +1,63 @@
+// Tensors of beam_topk: what CPU and CUDA check and allocate alike. `run` gets the arguments and B.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+#include "beam_search.h"
+#include "common/check.h"
+
+namespace condgen_fast::beam_search {
+
+template <class Call>
+void with_logit_type(const Tensor& logits, const Call& call) {
+  check_dtype(logits, "logits", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return call(float{});
+    case ScalarType::BFloat16: return call(Bfloat16{});
+    case ScalarType::Half: return call(Float16{});
+    default: return call(double{});
+  }
+}
+
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor> beam_topk_op(const Tensor& logits,  // [B, K, V]
+                                                const Tensor& scores,  // [B, K]
+                                                int64_t k, double temperature, const Run& run) {
+  check_shape(logits, "logits", {-1, -1, -1});
+  const int64_t batch = logits.size(0), beams = logits.size(1), vocab = logits.size(2);
+  check_shape(scores, "scores", {batch, beams});
+  check_dtype(scores, "scores", {ScalarType::Float});
+  check_same_device(scores, "scores", logits, "logits");
+  CONDGEN_FAST_CHECK(k >= 1, "k must be >= 1; got ", k);
+  CONDGEN_FAST_CHECK(temperature > 0, "temperature must be > 0; got ", temperature);
+  CONDGEN_FAST_CHECK(vocab <= INT32_MAX, "logits must have at most 2147483647 tokens; got ", vocab);
+  const Tensor x = vocab <= 1 || logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits);
+  const Tensor s = torch::stable::contiguous(scores);
+  Tensor out_scores = torch::stable::new_empty(s, {batch, k});
+  Tensor out_parents = torch::stable::new_empty(s, {batch, k}, ScalarType::Long);
+  Tensor out_tokens = torch::stable::new_empty(s, {batch, k}, ScalarType::Long);
+  with_logit_type(logits, [&](auto type) {
+    using Logit = decltype(type);
+    Arguments<Logit> arguments;
+    arguments.logits = static_cast<const Logit*>(x.data_ptr());
+    arguments.sentence_stride = x.stride(0);
+    arguments.beam_stride = x.stride(1);
+    arguments.scores = s.const_data_ptr<float>();
+    arguments.beams = beams;
+    arguments.vocab = vocab;
+    arguments.k = k;
+    arguments.temperature = static_cast<float>(
+        std::clamp<double>(temperature, std::numeric_limits<float>::min(), std::numeric_limits<float>::max()));
+    arguments.out_scores = out_scores.mutable_data_ptr<float>();
+    arguments.out_parents = out_parents.mutable_data_ptr<int64_t>();
+    arguments.out_tokens = out_tokens.mutable_data_ptr<int64_t>();
+    if (batch > 0) run(arguments, batch);
+  });
+  return {out_scores, out_parents, out_tokens};
+}
+
+}  // namespace condgen_fast::beam_search
