@@ -58,7 +58,7 @@ def row_stats(
 
 
 def remask(scores: Tensor, count: Tensor, maskable: Tensor) -> Tensor:
-    return _lowest(_rank(scores.double().nan_to_num(nan=-torch.inf)), count, maskable)
+    return _lowest(_rank(_defined(scores, nan=-torch.inf)), count, maskable)
 
 
 def commit(
@@ -71,17 +71,14 @@ def commit(
     active: Tensor | None,  # [B] bool
     entropy: bool,
 ) -> Commit:
-    ranking = ranking.double()
-    if entropy:
-        ranking = -ranking.nan_to_num(nan=LARGEST_ENTROPY).clamp(0.0, LARGEST_ENTROPY)
-    rank = _rank(-ranking.nan_to_num(nan=-torch.inf))
+    sureness = _defined(-ranking if entropy else ranking, nan=-torch.inf)
+    rank = _rank(-sureness)
     count = minimum
     if bound is not None and not entropy:
-        passes = ranking.nan_to_num(nan=-torch.inf) >= bound.double()[:, None]
-        count = count.maximum((passes & maskable).sum(1))
+        count = count.maximum(((sureness >= bound.double()[:, None]) & maskable).sum(1))
     elif bound is not None:
-        units = (-ranking / ENTROPY_UNIT).round().long() * maskable
-        order = rank.masked_fill(~maskable, rank.shape[1]).argsort(1, stable=True)
+        units = (-sureness.clamp(-LARGEST_ENTROPY, 0.0) / ENTROPY_UNIT).round().long() * maskable
+        order = rank.masked_fill(~maskable, rank.shape[1]).argsort(dim=1, stable=True)
         units, open_ = units.gather(1, order), maskable.gather(1, order)
         before = units.cumsum(1) - units
         fits = before * ENTROPY_UNIT <= bound.double()[:, None]
@@ -92,13 +89,17 @@ def commit(
     return Commit(torch.where(committed, token.to(canvas.dtype), canvas), committed)
 
 
+def _defined(values: Tensor, *, nan: float) -> Tensor:
+    return values.double().nan_to_num(nan=nan, posinf=torch.inf, neginf=-torch.inf)
+
+
 def _rank(values: Tensor) -> Tensor:
     """The place of each value in its row, sorted ascending, ties by position."""
-    return values.argsort(1, stable=True).argsort(1)
+    return values.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def _lowest(rank: Tensor, count: Tensor, maskable: Tensor) -> Tensor:
-    place = _rank(rank.masked_fill(~maskable, rank.shape[1]).double())
+    place = _rank(rank.masked_fill(~maskable, rank.shape[1]))
     return (place < count[:, None]) & maskable
 
 
@@ -121,7 +122,7 @@ def gumbel(seed: Tensor, row: Tensor, width: int) -> Tensor:
 def philox(seed: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four 32-bit words, as int64, of the counter (low's halves, high's halves) and the key `seed`."""
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(low & mask, low >> 32, high & mask, (high >> 32) & mask)
+    c0, c1, c2, c3 = torch.broadcast_tensors(low & mask, (low >> 32) & mask, high & mask, (high >> 32) & mask)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         (high0, low0), (high1, low1) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
