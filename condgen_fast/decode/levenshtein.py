@@ -130,7 +130,7 @@ class LevenshteinRefinement:
             lengths[:, None],
             scores[:, None],
             torch.tensor(iterations, device=device),
-            recorder.traces(list(range(batch))) if recorder else None,
+            recorder.traces(list(range(batch)), iterations) if recorder else None,
         )
 
     def _start(self, model: EditModel, source: Tensor, source_lengths: Tensor) -> _Sentences:

@@ -109,7 +109,7 @@ class MaskPredict:
             lengths.gather(1, order),
             scores,
             torch.tensor(rounds, device=device).view(batch, beam).amax(1),
-            recorder.traces(best[:, 0].tolist()) if recorder else None,
+            recorder.traces(best[:, 0].tolist(), rounds) if recorder else None,
         )
 
     def masked_tokens(self, length: int, t: int) -> int:

@@ -21,6 +21,7 @@ class Step:
     insert      after          masks that came
     fill        after          masks that became tokens
     restore     after          an earlier canvas is returned instead of the last
+    result      after          none: how the canvas was returned, where no other step shows it
     write       after          the next token, from left to right
     """
 
@@ -36,14 +37,10 @@ class Trace:
     """The steps that led to the best hypothesis of one sentence, and the ids that have no surface form."""
 
     steps: list[Step]
+    iterations: int  # rounds that ran for it
     bos_id: int
     eos_id: int
     mask_id: int | None = None  # None where the strategy has no masks
-
-    @property
-    def iterations(self) -> int:
-        """Number of the last round that touched the canvas."""
-        return max((step.iteration for step in self.steps), default=0)
 
 
 class Recorder:
@@ -66,10 +63,21 @@ class Recorder:
             if operation == "start" or any(flags):
                 self._steps[row].append(Step(iteration, operation, ids[:length], values[:length], flags[:length]))
 
-    def traces(self, rows: list[int]) -> list[Trace]:
-        """The traces of `rows`, in that order."""
-        model = self._model
-        return [Trace(self._steps[row], model.bos_id, model.eos_id, model.mask_id) for row in rows]
+    def traces(self, rows: list[int], iterations: list[int]) -> list[Trace]:
+        """The traces of `rows`, in that order; `iterations` counts the rounds of every row that was recorded."""
+        ids = (self._model.bos_id, self._model.eos_id, self._model.mask_id)
+        return [Trace(self._with_result(self._steps[row], iterations[row]), iterations[row], *ids) for row in rows]
+
+    def _with_result(self, steps: list[Step], iterations: int) -> list[Step]:
+        if not steps:
+            edges = [self._model.bos_id, self._model.eos_id]
+            return [Step(iterations, "result", edges, [0.0, 0.0], [False, False])]
+        last = steps[-1]
+        if last.operation != "delete" and last.iteration == iterations:
+            return steps
+        left = [i for i, gone in enumerate(last.touched) if not gone or last.operation != "delete"]
+        tokens, log_probs = [last.tokens[i] for i in left], [last.log_probs[i] for i in left]
+        return [*steps, Step(iterations, "result", tokens, log_probs, [False] * len(left))]
 
 
 def left_to_right(tokens: Tensor, token_log_probs: Tensor, *, pad_id: int, bos_id: int, eos_id: int) -> list[Trace]:
@@ -83,5 +91,5 @@ def left_to_right(tokens: Tensor, token_log_probs: Tensor, *, pad_id: int, bos_i
     for length, ids, values in zip(lengths, tokens.tolist(), token_log_probs.tolist(), strict=True):
         ids, values = [bos_id, *ids[:length], eos_id], [0.0, *values[: length + 1]]
         steps = [Step(n, "write", ids[: n + 1], values[: n + 1], [False] * n + [True]) for n in range(1, len(ids))]
-        traces.append(Trace(steps, bos_id, eos_id))
+        traces.append(Trace(steps, len(steps), bos_id, eos_id))
     return traces

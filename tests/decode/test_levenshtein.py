@@ -86,7 +86,7 @@ def test_scores_are_of_the_iteration_that_wrote_each_token():
     assert result.scores.item() == pytest.approx((2 * half + quarter) / 3)
     assert result.iterations.tolist() == [3]
     assert [(s.iteration, s.operation) for s in result.trace[0].steps] == [
-        (1, "insert"), (1, "fill"), (2, "insert"), (2, "fill"),
+        (1, "insert"), (1, "fill"), (2, "insert"), (2, "fill"), (3, "result"),
     ]  # fmt: skip
 
 
@@ -256,8 +256,9 @@ def test_invariants_and_a_sentence_does_not_see_its_batch(sources, maximum, seed
                 assert MASK not in step.tokens
             if step.operation == "insert":
                 assert step.touched == [token == MASK for token in step.tokens]
-        if alone.trace[0].steps and alone.trace[0].steps[-1].operation in ("fill", "restore"):
-            assert alone.trace[0].steps[-1].tokens[1:-1] == tokens
+        last = alone.trace[0].steps[-1]
+        assert last.tokens[1:-1] == tokens and last.iteration == alone.trace[0].iterations == alone.iterations[0]
+        torch.testing.assert_close(torch.tensor(last.log_probs[1:]), alone.token_log_probs[0, 0], rtol=0, atol=0)
 
 
 def test_initial_tokens_as_tensor_and_as_lists():
