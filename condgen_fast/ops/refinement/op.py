@@ -234,7 +234,7 @@ def _per_row(
     return torch.full((sizes["B"],), value, dtype=dtype, device=device)
 
 
-if _library.load():
+if _library.load() and hasattr(torch.ops.condgen_fast, "row_stats"):
 
     @torch.library.register_fake("condgen_fast::row_stats")
     def _(logits, rows, temperature, seed):
