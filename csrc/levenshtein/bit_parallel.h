@@ -163,8 +163,9 @@ class ShortLcs {
   uint64_t* row_ = nullptr;
 };
 
-// Rows of the LCS table of any y. Only the last row is held; a log of the words that each row changed leads back. A row
-// in which few words change logs those, any other the whole row before it: never more than one bit a cell.
+// Rows of the LCS table of any y but an empty one. Only the last row is held; a log of the words that each row changed
+// leads back. A row in which few words change logs those, any other the whole row before it: never more than one bit a
+// cell.
 template <class Id>
 class LongLcs {
  public:
@@ -275,12 +276,11 @@ class LongLcs {
 };
 
 // Unit-cost distance by Myers, "A Fast Bit-Vector Algorithm for Approximate String Matching" (1999), in the blocks of
-// Hyyrö, "A Bit-Vector Algorithm for Computing Levenshtein and Damerau Edit Distances" (2003); his letters.
+// Hyyrö, "A Bit-Vector Algorithm for Computing Levenshtein and Damerau Edit Distances" (2003); his letters. n > 0.
 template <class Id>
 class UnitCost {
  public:
   int64_t run(const Id* x, int64_t m, const Id* y, int64_t n) {
-    if (n == 0) return m;
     occurrences_.build(y, n);
     const int64_t words = (n + 63) / 64;
     uint64_t* vp = vp_.reserve(words);

@@ -139,7 +139,9 @@ BadRows edit_distance(const DistanceArguments<Id>& arguments, int64_t begin, int
       m = n;
       n = length;
     }
-    if (arguments.substitution) {
+    if (m == 0) {
+      arguments.distance[b] = n;
+    } else if (arguments.substitution) {
       arguments.distance[b] = unit_cost.run(x, m, y, n);
     } else {
       arguments.distance[b] = m + n - 2 * lcs.template run<false>(x, m, y, n);

@@ -202,28 +202,28 @@ def _check_pair(first: Tensor, first_name: str, second: Tensor, second_name: str
     check_number(pad_id, "pad_id", integer=True)
 
 
-if _library.load():
+@_library.register_fake("edit_oracle")
+def _(tokens, target, pad_id, source_slots):
+    batch, width = tokens.shape
+    return (
+        tokens.new_empty((batch, width), dtype=torch.bool),
+        tokens.new_empty((batch, max(width - 1, 0)), dtype=torch.int64),
+        tokens.new_empty(target.shape, dtype=torch.bool),
+        tokens.new_empty((batch,), dtype=torch.int64),
+    )
 
-    @torch.library.register_fake("condgen_fast::edit_oracle")
-    def _(tokens, target, pad_id, source_slots):
-        batch, width = tokens.shape
-        return (
-            tokens.new_empty((batch, width), dtype=torch.bool),
-            tokens.new_empty((batch, max(width - 1, 0)), dtype=torch.int64),
-            tokens.new_empty(target.shape, dtype=torch.bool),
-            tokens.new_empty((batch,), dtype=torch.int64),
-        )
 
-    @torch.library.register_fake("condgen_fast::edit_distance")
-    def _(a, b, pad_id, substitution):
-        return a.new_empty((a.shape[0],), dtype=torch.int64)
+@_library.register_fake("edit_distance")
+def _(a, b, pad_id, substitution):
+    return a.new_empty((a.shape[0],), dtype=torch.int64)
 
-    @torch.library.register_fake("condgen_fast::apply_edits")
-    def _(tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width):
-        batch = tokens.shape[0]
-        return (
-            tokens.new_empty((batch, width)),
-            tokens.new_empty((0,), dtype=torch.float32) if scores is None else scores.new_empty((batch, width)),
-            tokens.new_empty((batch,), dtype=torch.int64),
-            tokens.new_empty((batch, width), dtype=torch.int64),
-        )
+
+@_library.register_fake("apply_edits")
+def _(tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width):
+    batch = tokens.shape[0]
+    return (
+        tokens.new_empty((batch, width)),
+        tokens.new_empty((0,), dtype=torch.float32) if scores is None else scores.new_empty((batch, width)),
+        tokens.new_empty((batch,), dtype=torch.int64),
+        tokens.new_empty((batch, width), dtype=torch.int64),
+    )
