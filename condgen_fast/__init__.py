@@ -1,0 +1,75 @@
+"""Fast conditional generation: decoding, edit oracles, distillation losses and refinement for PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from condgen_fast.decode import (
+    BeamSearch,
+    Greedy,
+    Hypotheses,
+    LevenshteinRefinement,
+    MaskPredict,
+    Sampling,
+    adapt,
+    decode,
+)
+from condgen_fast.ops import (
+    AppliedEdits,
+    BeamTopK,
+    Commit,
+    EditLabels,
+    LabelPrior,
+    RowStats,
+    TopK,
+    apply_edits,
+    beam_topk,
+    commit,
+    edit_distance,
+    edit_oracle,
+    kd_loss,
+    linear_kd_loss,
+    remask,
+    row_stats,
+)
+
+if TYPE_CHECKING:
+    from condgen_fast.models.checkpoint import load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AppliedEdits",
+    "BeamSearch",
+    "BeamTopK",
+    "Commit",
+    "EditLabels",
+    "Greedy",
+    "Hypotheses",
+    "LabelPrior",
+    "LevenshteinRefinement",
+    "MaskPredict",
+    "RowStats",
+    "Sampling",
+    "TopK",
+    "adapt",
+    "apply_edits",
+    "beam_topk",
+    "commit",
+    "decode",
+    "edit_distance",
+    "edit_oracle",
+    "kd_loss",
+    "linear_kd_loss",
+    "load_model",
+    "remask",
+    "row_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_model":  # reads SentencePiece and safetensors, which ops and decoding do without
+        from condgen_fast.models.checkpoint import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,25 @@
+"""Functions of tensors, each with a reference, kernels and one contract."""
+
+from condgen_fast.ops.beam_search import BeamTopK, beam_topk
+from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss
+from condgen_fast.ops.levenshtein import AppliedEdits, EditLabels, apply_edits, edit_distance, edit_oracle
+from condgen_fast.ops.refinement import Commit, RowStats, commit, remask, row_stats
+
+__all__ = [
+    "AppliedEdits",
+    "BeamTopK",
+    "Commit",
+    "EditLabels",
+    "LabelPrior",
+    "RowStats",
+    "TopK",
+    "apply_edits",
+    "beam_topk",
+    "commit",
+    "edit_distance",
+    "edit_oracle",
+    "kd_loss",
+    "linear_kd_loss",
+    "remask",
+    "row_stats",
+]
