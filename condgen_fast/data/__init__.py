@@ -1,0 +1,1 @@
+"""Text, subword vocabulary, batches, corpora, and the store of a distilled corpus."""

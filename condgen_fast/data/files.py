@@ -1,0 +1,34 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, chunks: Iterable[bytes]) -> None:
+    """Write bytes to a file that appears under its name only once it is complete on disk.
+
+    On any error (a full disk) a file that stood there before is left as it was and nothing is left beside it. What is
+    not a regular file (/dev/null, a named pipe) is written directly.
+    """
+    path = Path(os.path.realpath(path))  # through a symbolic link: replace the file, not the link
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            file.writelines(chunks)
+        return
+    fresh = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    try:
+        with open(fresh, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
