@@ -52,7 +52,7 @@ def require(device: torch.device | None = None) -> None:
 
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:
-    """Decorate the fake of ``torch.ops.condgen_fast.<name>``; without effect where no loaded library declares that op."""
+    """Decorate the fake of ``torch.ops.condgen_fast.<name>``; without effect where no library declares that op."""
     if load() and hasattr(torch.ops.condgen_fast, name):
         return torch.library.register_fake(f"condgen_fast::{name}")
     return lambda function: function

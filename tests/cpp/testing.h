@@ -1,5 +1,5 @@
 // A test is TEST(name) { CHECK(...); }; main.cpp runs all. Kernels are called through CONDGEN_FAST_CPU_CALL inside
-// namespace condgen_fast::<family>; main.cpp runs every test once for each instruction set that this processor has.
+// namespace condgen_fast::<family>.
 #pragma once
 
 #include <cmath>

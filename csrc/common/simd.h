@@ -1,0 +1,272 @@
+// A vector of float32 lanes, as many as the instruction set being compiled for has: 4, 8 or 16. Only for *_cpu.cpp
+// files.
+//
+//   float row_sum_of_exp(const float* x, int64_t n, float shift) {
+//     simd::Vec sum(0.0f);
+//     int64_t i = 0;
+//     for (; i + simd::kLanes <= n; i += simd::kLanes) sum = sum + exp(simd::load(x + i) - simd::Vec(shift));
+//     if (i < n) sum = sum + exp(simd::load_first(x + i, n - i, -INFINITY) - simd::Vec(shift));
+//     return reduce_sum(sum);
+//   }
+//
+// load and store take float, Half and BFloat16, so a kernel is a template on the type in memory. The vectors are the
+// compiler's own (GCC and Clang vector extensions); intrinsics stand where these have no word for what is meant.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace condgen_fast::simd {
+
+// Sixteen-bit floats as they lie in memory
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline namespace CONDGEN_FAST_ISA {
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = static_cast<uint32_t>(x.bits & 0x7fff)
+                                                                             << 13;
+  // 2^112 moves the exponent's bias from 15 to 127 and makes subnormal numbers normal
+  const uint32_t bits =
+      rest >= 0x0f800000 ? rest | 0x7f800000 : std::bit_cast<uint32_t>(std::bit_cast<float>(rest) * 0x1p112f);
+  return std::bit_cast<float>(bits | sign);
+}
+
+// Conversions to memory's type round to nearest, ties to even.
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline Half from_float<Half>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (size >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and more round to infinity
+  if (size < 0x38800000) {  // subnormal: the spacing of floats in [0.5, 1) is that of subnormal halves, 2^-24
+    const uint32_t shifted = std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f);
+    return {static_cast<uint16_t>(sign | (shifted - 0x3f000000))};
+  }
+  return {static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13)};
+}
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns about the unmasked forms of some intrinsics
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
+
+struct Vec {
+  Floats raw;
+
+  Vec() = default;
+  explicit Vec(float all) : raw(Floats{} + all) {}
+  Vec(Floats lanes) : raw(lanes) {}
+
+  float operator[](int64_t lane) const { return raw[lane]; }
+  friend Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
+  friend Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
+  friend Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
+  friend Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+};
+
+// True or false in each lane: what comparisons give
+struct Mask {
+  Ints raw;  // -1 or 0
+
+  friend Mask operator&(Mask a, Mask b) { return {a.raw & b.raw}; }
+  friend Mask operator|(Mask a, Mask b) { return {a.raw | b.raw}; }
+  friend Mask operator~(Mask a) { return {~a.raw}; }
+};
+
+inline Mask operator<(Vec a, Vec b) { return {a.raw < b.raw}; }
+inline Mask operator>(Vec a, Vec b) { return {a.raw > b.raw}; }
+inline Mask operator<=(Vec a, Vec b) { return {a.raw <= b.raw}; }
+inline Mask operator>=(Vec a, Vec b) { return {a.raw >= b.raw}; }
+inline Mask operator==(Vec a, Vec b) { return {a.raw == b.raw}; }
+
+inline Vec select(Mask where, Vec yes, Vec no) { return where.raw ? yes.raw : no.raw; }
+
+// Of a NaN and a number the second argument is taken: max(new_value, running) never lets a NaN in.
+inline Vec max(Vec a, Vec b) { return a.raw > b.raw ? a.raw : b.raw; }
+inline Vec min(Vec a, Vec b) { return a.raw < b.raw ? a.raw : b.raw; }
+
+// Bit i is lane i.
+inline uint32_t bits(Mask mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask.raw));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask.raw)));
+#else
+  uint32_t found = 0;
+  for (int64_t i = 0; i < kLanes; ++i) found |= (mask.raw[i] & 1u) << i;
+  return found;
+#endif
+}
+inline bool any(Mask mask) { return bits(mask) != 0; }
+
+// a * b + c, rounded once where the instruction set has that
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a.raw, b.raw, c.raw);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a.raw, b.raw, c.raw);
+#else
+  return a.raw * b.raw + c.raw;
+#endif
+}
+
+// --- Memory
+// -----------------------------------------------------------------------------------------------------------
+
+inline Vec load(const float* from) {
+  Floats lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline Vec load(const BFloat16* from) {
+  Shorts narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return reinterpret_cast<Floats>(__builtin_convertvector(narrow, Words) << 16);
+}
+
+inline Vec load(const Half* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec lanes;
+  for (int64_t i = 0; i < kLanes; ++i) lanes.raw[i] = to_float(from[i]);
+  return lanes;
+#endif
+}
+
+inline void store(float* to, Vec lanes) { std::memcpy(to, &lanes.raw, sizeof lanes.raw); }
+
+inline void store(BFloat16* to, Vec lanes) {
+  const Words bits = reinterpret_cast<Words>(lanes.raw);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words nan = bits >> 16 | 0x40;
+  const Shorts narrow = __builtin_convertvector(lanes.raw == lanes.raw ? rounded : nan, Shorts);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+inline void store(Half* to, Vec lanes) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(kAll, lanes.raw, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(lanes.raw, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = from_float<Half>(lanes.raw[i]);
+#endif
+}
+
+// The first `count` lanes, 0 <= count <= kLanes, from memory and `fill` in the others; nothing beyond is touched.
+template <class T>
+inline Vec load_first(const T* from, int64_t count, float fill) {
+  T some[kLanes];
+  const T filler = from_float<T>(fill);
+  for (int64_t i = 0; i < kLanes; ++i) some[i] = i < count ? from[i] : filler;
+  return load(some);
+}
+
+template <class T>
+inline void store_first(T* to, Vec lanes, int64_t count) {
+  T some[kLanes];
+  store(some, lanes);
+  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+}
+
+#if defined(__AVX512F__)
+template <>
+inline Vec load_first<float>(const float* from, int64_t count, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << count) - 1), from);
+}
+template <>
+inline void store_first<float>(float* to, Vec lanes, int64_t count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), lanes.raw);
+}
+#endif
+
+// --- Within a vector
+// --------------------------------------------------------------------------------------------------
+
+inline float reduce_sum(Vec lanes) {
+  float part[kLanes];
+  store(part, lanes);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  }
+  return part[0];
+}
+
+inline float reduce_max(Vec lanes) {
+  float part[kLanes];
+  store(part, lanes);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+  }
+  return part[0];
+}
+
+// --- Functions
+// --------------------------------------------------------------------------------------------------------
+
+// e^x within 1 ulp (see tests/cpp/simd_cpu.cpp): 0 for -inf, inf from 88.73 on, subnormal results down to 2^-149, NaN
+// for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by the polynomial of Cephes' expf (S. Moshier).
+inline Vec exp(Vec x) {
+  const Vec low(-104.0f), high(89.0f);  // beyond these e^x is 0 and infinity; NaN passes both comparisons unchanged
+  x = select(x < low, low, x);
+  x = select(x > high, high, x);
+  const Vec shift(0x1.8p23f);  // adding it rounds to an integer, which is then in the low bits
+  const Vec shifted = fma(x, Vec(1.44269504088896341f), shift);
+  const Vec n = shifted - shift;
+  Vec r = fma(n, Vec(-0.693359375f), x);  // n times this has no rounding error
+  r = fma(n, Vec(2.12194440e-4f), r);
+  Vec p(1.9875691500e-4f);
+  p = fma(p, r, Vec(1.3981999507e-3f));
+  p = fma(p, r, Vec(8.3334519073e-3f));
+  p = fma(p, r, Vec(4.1665795894e-2f));
+  p = fma(p, r, Vec(1.6666665459e-1f));
+  p = fma(p, r, Vec(5.0000001201e-1f));
+  p = fma(p, r * r, r) + Vec(1.0f);
+  // Times 2^n in two steps, as n reaches from -150 to 128 and the exponent of a float only from -126 to 127
+  const Ints whole = reinterpret_cast<Ints>(shifted.raw) - 0x4b400000;
+  const Ints half = whole >> 1;
+  const Vec first(reinterpret_cast<Floats>((half + 127) << 23)),
+      second(reinterpret_cast<Floats>((whole - half + 127) << 23));
+  return p * first * second;
+}
+
+}  // namespace CONDGEN_FAST_ISA
+}  // namespace condgen_fast::simd

@@ -1,0 +1,118 @@
+// Tests of common/simd.h, compiled once for each instruction set.
+#include "common/simd.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "simd_tests.h"
+#include "testing.h"
+
+namespace condgen_fast::simd_tests::CONDGEN_FAST_ISA {
+
+using simd::BFloat16;
+using simd::Half;
+using simd::kLanes;
+using simd::Vec;
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+Vec ramp(float start) {
+  Vec lanes;
+  for (int64_t i = 0; i < kLanes; ++i) lanes.raw[i] = start + static_cast<float>(i);
+  return lanes;
+}
+
+template <class T>
+void round_trip(float x, float wanted) {
+  T memory[kLanes + 1] = {};
+  simd::store(memory, Vec(x));
+  CHECK_NEAR(simd::load(memory)[kLanes - 1], wanted, 0);
+  CHECK_NEAR(simd::to_float(memory[0]), wanted, 0);
+  CHECK_NEAR(simd::to_float(simd::from_float<T>(x)), wanted, 0);
+  CHECK(simd::to_float(memory[kLanes]) == 0.0f);
+}
+
+}  // namespace
+
+void exponential() {
+  float worst = 0.0f;
+  for (uint32_t bits = 0; bits < 0xfff00000u; bits += 4099) {
+    const float x = std::bit_cast<float>(bits);
+    const float got = simd::exp(Vec(x))[kLanes / 2];
+    const double exact = std::exp(static_cast<double>(x));
+    const float rounded = static_cast<float>(exact);
+    if (x != x) {
+      CHECK(got != got);
+    } else if (!std::isfinite(rounded) || !std::isfinite(got)) {
+      CHECK(got == rounded);
+    } else {
+      const float ulp = std::nextafter(rounded, kInfinity) - rounded;
+      worst = std::max(worst, static_cast<float>(std::abs(got - exact) / ulp));
+    }
+  }
+  CHECK(worst <= 1.0f);
+  CHECK(simd::exp(Vec(0.0f))[0] == 1.0f);
+  CHECK(simd::exp(Vec(-kInfinity))[0] == 0.0f);
+  CHECK(simd::exp(Vec(kInfinity))[0] == kInfinity);
+}
+
+void arithmetic() {
+  const Vec a = ramp(1.0f), b = ramp(-3.0f);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const float x = 1.0f + static_cast<float>(i), y = -3.0f + static_cast<float>(i);
+    CHECK((a + b)[i] == x + y && (a - b)[i] == x - y && (a * b)[i] == x * y && (b / a)[i] == y / x);
+    CHECK(simd::fma(a, b, a)[i] == x * y + x);
+    CHECK(simd::max(a, Vec(2.0f))[i] == std::max(x, 2.0f) && simd::min(a, Vec(2.0f))[i] == std::min(x, 2.0f));
+    CHECK(simd::select(b < Vec(0.0f), a, b)[i] == (y < 0.0f ? x : y));
+    CHECK((simd::bits(b >= Vec(0.0f)) >> i & 1u) == (y >= 0.0f));
+  }
+  CHECK(simd::bits(a > Vec(0.0f)) == (1ull << kLanes) - 1);
+  CHECK(!simd::any(a < Vec(0.0f)) && simd::any(a == Vec(1.0f)));
+  CHECK(simd::max(Vec(NAN), a)[0] == 1.0f);
+  CHECK(simd::reduce_sum(a) == static_cast<float>(kLanes * (kLanes + 1) / 2));
+  CHECK(simd::reduce_max(b) == static_cast<float>(kLanes - 4));
+  CHECK(simd::reduce_max(Vec(-kInfinity)) == -kInfinity);
+}
+
+void tails() {
+  for (int64_t count = 0; count <= kLanes; ++count) {
+    std::vector<float> memory(count), out(count, -1.0f);  // the sanitizer sees a step beyond
+    std::vector<Half> halves(count);
+    for (int64_t i = 0; i < count; ++i) memory[i] = static_cast<float>(i + 1);
+    const Vec lanes = simd::load_first(memory.data(), count, -kInfinity);
+    simd::store_first(out.data(), lanes, count);
+    simd::store_first(halves.data(), lanes, count);
+    const Vec back = simd::load_first(halves.data(), count, 7.0f);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      CHECK(lanes[i] == (i < count ? static_cast<float>(i + 1) : -kInfinity));
+      CHECK(back[i] == (i < count ? static_cast<float>(i + 1) : 7.0f));
+    }
+    CHECK(out == memory);
+  }
+}
+
+void conversions() {
+  for (float sign : {1.0f, -1.0f}) {
+    for (float x : {0.0f, 1.0f, 0.5f, 0x1.8p-14f, 0x1p-24f, 65504.0f, kInfinity}) round_trip<Half>(sign * x, sign * x);
+    for (float x : {0.0f, 1.0f, 0x1p-130f, 0x1.fep127f, kInfinity}) round_trip<BFloat16>(sign * x, sign * x);
+    round_trip<Half>(sign * 65519.0f, sign * 65504.0f);
+    round_trip<Half>(sign * 65520.0f, sign * kInfinity);
+    round_trip<Half>(sign * 0x1p-25f, sign * 0.0f);  // ties to even, twice
+    round_trip<Half>(sign * 0x1.8p-24f, sign * 0x1p-23f);
+    round_trip<Half>(sign * (1.0f + 0x1p-11f), sign * 1.0f);
+    round_trip<Half>(sign * (1.0f + 0x1.8p-10f), sign * (1.0f + 0x1p-9f));
+    round_trip<BFloat16>(sign * (1.0f + 0x1p-8f), sign * 1.0f);
+    round_trip<BFloat16>(sign * (1.0f + 0x1.8p-7f), sign * (1.0f + 0x1p-6f));
+    round_trip<BFloat16>(sign * 0x1.ffp127f, sign * kInfinity);
+  }
+  round_trip<Half>(NAN, NAN);
+  round_trip<BFloat16>(NAN, NAN);
+  round_trip<BFloat16>(std::bit_cast<float>(0x7fffffffu), NAN);
+}
+
+}  // namespace condgen_fast::simd_tests::CONDGEN_FAST_ISA
