@@ -172,8 +172,8 @@ header p { max-width: 46rem; margin: .5rem 0; }
 .legend { margin: 1rem 0 .5rem; display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
 .legend div { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; }
 .legend dt { color: var(--soft); font-size: .85rem; }
-.legend dd { margin: 0; display: flex; flex-wrap: wrap; gap: .3rem; }
-.legend .token { font-size: .8rem; }
+.legend dd { margin: 0; display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: baseline; }
+.legend dd, .legend .token { font-size: .8rem; }
 .switches { color: var(--soft); font-size: .9rem; }
 .switches label { margin-right: 1.25rem; white-space: nowrap; }
 .example { margin-top: 2.25rem; padding-top: 1rem; border-top: 2px solid var(--line); }

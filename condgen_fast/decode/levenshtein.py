@@ -111,7 +111,7 @@ class LevenshteinRefinement:
                 if not kept:
                     break
                 active, lengths = [active[i] for i in kept], [lengths[i] for i in kept]
-                now = now.select(model, torch.tensor(kept, device=device))
+                now = now.select(model, true_positions(~idle, len(kept)))
             now.trim(max(lengths))
             if sum(counts):
                 self._fill(model, now, sum(counts), recorder, iteration, active)

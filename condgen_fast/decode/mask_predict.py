@@ -70,21 +70,23 @@ class MaskPredict:
         log_probs = torch.zeros(maskable.shape, device=device)
         recorder = Recorder(model, batch * beam) if self.trace else None
 
+        schedule = [[self.masked_tokens(length, t) for length in host_lengths] for t in range(self.iterations)]
+        count = torch.tensor(schedule, device=device)  # [T, B*K], never rising with t
+        rounds = (count > 0).sum(0)
         active = list(range(batch * beam))
-        rounds = [0] * (batch * beam)
         for t in range(self.iterations):
-            counts = [self.masked_tokens(host_lengths[row], t) for row in active]
+            counts = [schedule[t][row] for row in active]
             if not all(counts):
-                # The schedule never rises again: a row with nothing to predict has finished.
-                kept = torch.tensor([i for i, count in enumerate(counts) if count], dtype=torch.int64, device=device)
-                active = [row for row, count in zip(active, counts, strict=True) if count]
-                counts = [count for count in counts if count]
+                # A row with nothing to predict has finished.
+                active = [row for row, n in zip(active, counts, strict=True) if n]
+                counts = [n for n in counts if n]
                 if not active:
                     break
+                kept = true_positions(count[t, rows] > 0, len(active))
                 rows, memory = rows[kept], model.select(memory, kept)
             canvas, confidence, masked = tokens[rows], log_probs[rows], maskable[rows]
             if t > 0:
-                masked = remask(confidence, torch.tensor(counts, device=device), maskable=masked)
+                masked = remask(confidence, count[t, rows], maskable=masked)
                 if recorder:
                     recorder.record(t + 1, "mask", active, canvas, confidence, masked)
                 canvas.masked_fill_(masked, model.mask_id)
@@ -92,8 +94,6 @@ class MaskPredict:
             token, log_prob = predict(model, canvas, memory, where)
             canvas.view(-1)[where], confidence.view(-1)[where] = token, log_prob
             tokens[rows], log_probs[rows] = canvas, confidence
-            for row in active:
-                rounds[row] = t + 1
             if recorder:
                 recorder.record(t + 1, "fill" if t else "predict", active, canvas, confidence, masked)
 
@@ -108,8 +108,8 @@ class MaskPredict:
             log_probs[best],
             lengths.gather(1, order),
             scores,
-            torch.tensor(rounds, device=device).view(batch, beam).amax(1),
-            recorder.traces(best[:, 0].tolist(), rounds) if recorder else None,
+            rounds.view(batch, beam).amax(1),
+            recorder.traces(best[:, 0].tolist(), rounds.tolist()) if recorder else None,
         )
 
     def masked_tokens(self, length: int, t: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PAD, UNK, BOS, EOS, MASK, FIRST = 0, 1, 2, 3, 4, 5  # ordinary tokens start at FIRST; UNK is ordinary too
 Canvas = list[int]
@@ -151,3 +152,32 @@ class RandomModel:
 
     def insert_logits(self, tokens: Tensor, memory: Tensor) -> Tensor:
         return self._insert[self._context(tokens, memory)[:, :-1] % 997]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU, or copy to one and wait for that."""
+
+    count = 0
+
+    def __enter__(self):
+        self._tolist, self._tensor = Tensor.tolist, torch.tensor
+        counted = self
+
+        def tolist(value):
+            counted.count += 1
+            return counted._tolist(value)
+
+        def tensor(*args, **options):
+            counted.count += 1
+            return counted._tensor(*args, **options)
+
+        Tensor.tolist, torch.tensor = tolist, tensor
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Tensor.tolist, torch.tensor = self._tolist, self._tensor
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))

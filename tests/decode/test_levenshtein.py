@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, RandomModel, ScriptedModel
+from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, HostReads, RandomModel, ScriptedModel
 
 from condgen_fast.decode import LevenshteinRefinement, decode
+from condgen_fast.models.levenshtein import LevenshteinConfig, LevenshteinTransformer
 from condgen_fast.ops.levenshtein import edit_oracle
 
 SPECIALS = {PAD, BOS, EOS, MASK}
@@ -309,3 +310,47 @@ def test_bad_options(options, error, message):
 
 def test_empty_batch():
     assert decode(RandomModel(), [], "levenshtein").tokens.shape == (0, 1, 0)
+
+
+def test_the_host_reads_once_an_iteration():
+    class Model(RandomModel):
+        """Grows by one token an iteration, for as many iterations as the sentence's number says."""
+
+        def insert_logits(self, tokens, memory):
+            logits = torch.zeros(tokens.shape[0], tokens.shape[1] - 1, 4)
+            logits[:, 0, 1] = torch.where(memory + 2 > (tokens != PAD).sum(1), 1.0, -1.0)
+            return logits
+
+        def delete_logits(self, tokens, memory):
+            return torch.zeros(*tokens.shape, 2)
+
+    reads = []
+    for maximum in (3, 4, 8, 16):
+        with HostReads() as host:
+            result = decode(
+                Model(), [[n] for n in range(5, 25)], LevenshteinRefinement(max_iterations=maximum, max_length=40)
+            )
+        reads.append(host.count)
+        assert result.iterations.tolist() == [min(n + 1, maximum) for n in range(5, 25)]
+    assert [after - reads[0] for after in reads] == [0, 1, 5, 13]
+
+
+def test_the_reference_model_does_not_see_its_batch():
+    torch.manual_seed(0)
+    options = dict(vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=2, heads=2)
+    model = LevenshteinTransformer(LevenshteinConfig(**options, max_insert=3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    generator = torch.Generator().manual_seed(1)
+    source = [torch.randint(5, 29, (n,), generator=generator).tolist() for n in (3, 9, 1, 6, 6, 12, 2)]
+    strategy = LevenshteinRefinement(max_iterations=6)
+    whole = decode(model, source, strategy)
+    backwards = decode(model, source[::-1], strategy)
+    assert backwards.to_lists() == whole.to_lists()[::-1]
+    for b, sentence in enumerate(source):
+        alone = decode(model, [sentence], strategy)
+        assert alone.to_lists()[0] == whole.to_lists()[b]
+        torch.testing.assert_close(alone.scores[0], whole.scores[b], rtol=0, atol=1e-5)
+        assert alone.iterations[0] == whole.iterations[b]
+    assert len(set(map(len, (row[0] for row in whole.to_lists())))) > 2

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, RandomModel, ScriptedModel
+from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, HostReads, RandomModel, ScriptedModel
 
 from condgen_fast.decode import MaskPredict, decode
+from condgen_fast.models.cmlm import CMLM, CMLMConfig
 
 SPECIALS = {PAD, BOS, EOS, MASK}
 
@@ -268,3 +269,35 @@ def test_bad_options(options, error, message):
 def test_empty_batch():
     result = decode(RandomModel(), [], "mask_predict", n_best=2)
     assert result.tokens.shape == (0, 2, 0) and result.trace is None
+
+
+def test_the_host_reads_nothing_between_the_length_and_the_result():
+    source = [[n] for n in range(5, 25)]
+    reads = []
+    for iterations in (1, 2, 9, 30):
+        with HostReads() as host:
+            result = decode(RandomModel(), source, MaskPredict(iterations=iterations))
+        reads.append(host.count)
+    assert len(set(reads)) == 1
+    assert len(set(result.iterations.tolist())) > 1, "sentences left while others went on"
+
+
+def test_the_reference_model_does_not_see_its_batch():
+    torch.manual_seed(0)
+    options = dict(vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=2, heads=2)
+    model = CMLM(CMLMConfig(**options, length_offset=4)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    generator = torch.Generator().manual_seed(1)
+    source = [torch.randint(5, 29, (n,), generator=generator).tolist() for n in (3, 9, 1, 6, 6, 12, 2)]
+    strategy = MaskPredict(iterations=5, length_beam=3)
+    whole = decode(model, source, strategy)
+    backwards = decode(model, source[::-1], strategy)
+    assert backwards.to_lists() == whole.to_lists()[::-1]
+    for b, sentence in enumerate(source):
+        alone = decode(model, [sentence], strategy)
+        assert alone.to_lists()[0] == whole.to_lists()[b]
+        torch.testing.assert_close(alone.scores[0], whole.scores[b], rtol=0, atol=1e-5)
+        assert alone.iterations[0] == whole.iterations[b]
+    assert len(set(map(len, (row[0] for row in whole.to_lists())))) > 2
