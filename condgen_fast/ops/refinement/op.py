@@ -12,7 +12,7 @@ from condgen_fast.ops.refinement.reference import Commit, RowStats
 
 __all__ = ["Commit", "RowStats", "commit", "remask", "row_stats"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POLICIES = ("quota", "threshold", "entropy", "margin")
 
 
@@ -35,7 +35,7 @@ def row_stats(
     -inf, margin 0, entropy 0. With V = 1 the second-highest probability is 0. Computed in float32; no gradient flows.
 
     Args:
-        logits: [..., V] float32, bfloat16 or float16, V at least 1.
+        logits: [..., V] float32, bfloat16, float16 or float64, V at least 1.
         temperature: finite and at least 0, or a float tensor of the shape of the results, a temperature for each row;
             in a tensor what is not above 0 means 0.
         generator: where the seed of the draws comes from, advanced by one; None: torch's global generator. The noise of
@@ -104,7 +104,7 @@ def remask(
     all, a count below 1 none.
 
     Args:
-        scores: [B, T] float32, bfloat16 or float16, such as log-probabilities; read only where ``maskable``.
+        scores: [B, T] of any float dtype, compared as float32; such as log-probabilities, read only where ``maskable``.
         count: [B] int64.
         maskable: [B, T] bool; false on bos, eos, padding and whatever was given.
         impl: "auto" (compiled, on the tensors' device) or "reference".
@@ -234,18 +234,18 @@ def _per_row(
     return torch.full((sizes["B"],), value, dtype=dtype, device=device)
 
 
-if _library.load() and hasattr(torch.ops.condgen_fast, "row_stats"):
+@_library.register_fake("row_stats")
+def _(logits, rows, temperature, seed):
+    shape = logits.shape[:1] if rows is None else rows.shape
+    floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(3)]
+    return (logits.new_empty(shape, dtype=torch.int64), *floats)
 
-    @torch.library.register_fake("condgen_fast::row_stats")
-    def _(logits, rows, temperature, seed):
-        shape = logits.shape[:1] if rows is None else rows.shape
-        floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(3)]
-        return (logits.new_empty(shape, dtype=torch.int64), *floats)
 
-    @torch.library.register_fake("condgen_fast::remask")
-    def _(scores, count, maskable):
-        return torch.empty_like(maskable, memory_format=torch.contiguous_format)
+@_library.register_fake("remask")
+def _(scores, count, maskable):
+    return maskable.new_empty(maskable.shape)
 
-    @torch.library.register_fake("condgen_fast::commit")
-    def _(token, ranking, canvas, maskable, minimum, bound, active, entropy):
-        return (canvas.new_empty(canvas.shape), maskable.new_empty(maskable.shape))
+
+@_library.register_fake("commit")
+def _(token, ranking, canvas, maskable, minimum, bound, active, entropy):
+    return canvas.new_empty(canvas.shape), maskable.new_empty(maskable.shape)

@@ -39,7 +39,7 @@ def row_stats(
         bad = rows[(rows < 0) | (rows >= logits.shape[0])][0]
         raise ValueError(f"rows must be in [0, {logits.shape[0]}); got {bad}")
     largest = torch.finfo(torch.float32).max
-    x = logits[row].double().nan_to_num(nan=-torch.inf, posinf=largest, neginf=-torch.inf)
+    x = logits[row].float().double().nan_to_num(nan=-torch.inf, posinf=largest, neginf=-torch.inf)
     possible = x.amax(-1) > -torch.inf
 
     log_p = x.log_softmax(-1).masked_fill(~possible[:, None], -torch.inf)
@@ -81,7 +81,7 @@ def commit(
         order = rank.masked_fill(~maskable, rank.shape[1]).argsort(dim=1, stable=True)
         units, open_ = units.gather(1, order), maskable.gather(1, order)
         before = units.cumsum(1) - units
-        fits = before * ENTROPY_UNIT <= bound.double()[:, None]
+        fits = before.double() * ENTROPY_UNIT <= bound.double()[:, None]
         count = count.maximum((fits & open_).sum(1))
     if active is not None:
         count = count.masked_fill(~active, 0)

@@ -1,0 +1,258 @@
+#include "refinement/refinement.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "common/simd.h"
+#include "refinement/gumbel.h"
+#include "refinement/ranking.h"
+
+namespace condgen_fast::refinement::CONDGEN_FAST_ISA {
+namespace {
+
+using simd::kLanes;
+using simd::Vec;
+
+constexpr int64_t kChunk = 1024;  // logits that are read twice, the second time from the first-level cache
+constexpr int64_t kUnroll = 4;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr float kLowestExponent = -104.0f;  // exp of it is 0 in float32
+
+float defined(float x) { return x != x ? -kInfinity : std::min(x, kLargest); }
+
+// The highest and the second-highest value so far; of equal highest ones the token is the lowest.
+struct TopTwo {
+  float highest = -kInfinity, second = -kInfinity;
+  int64_t token = 0;
+
+  void look_at(const float* x, int64_t count, int64_t first_token) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(x[i] > second)) continue;
+      if (x[i] > highest) {
+        second = highest;
+        highest = x[i];
+        token = first_token + i;
+      } else {
+        second = x[i];
+      }
+    }
+  }
+};
+
+// Sums of exp(x - highest) and (x - highest) * exp(x - highest) over the logits so far.
+struct Sums {
+  double powers = 0.0, weighted = 0.0;
+
+  void move(float from, float to) {  // to another highest
+    if (from == to || powers == 0.0) return;
+    const double by = static_cast<double>(from) - to, factor = std::exp(by);
+    weighted = factor * (weighted + by * powers);
+    powers *= factor;
+  }
+
+  void add(const float* x, float highest) {  // kChunk logits
+    const Vec subtracted(highest), lowest(kLowestExponent);
+    std::array<Vec, kUnroll> power_sums, weighted_sums;
+    power_sums.fill(Vec(0.0f));
+    weighted_sums.fill(Vec(0.0f));
+    for (int64_t i = 0; i < kChunk; i += kUnroll * kLanes) {
+      for (int64_t u = 0; u < kUnroll; ++u) {
+        // max also makes NaN and -inf numbers, which the product needs
+        const Vec exponent = simd::max(simd::load(x + i + u * kLanes) - subtracted, lowest), power = simd::exp(exponent);
+        power_sums[u] = power_sums[u] + power;
+        weighted_sums[u] = simd::fma(power, exponent, weighted_sums[u]);
+      }
+    }
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      powers += simd::reduce_sum(power_sums[u]);
+      weighted += simd::reduce_sum(weighted_sums[u]);
+    }
+  }
+};
+
+// argmax of logit + temperature * noise, for which few logits' noise has to be known.
+struct GumbelMax {
+  double temperature;
+  uint64_t seed, row;
+  double best = -std::numeric_limits<double>::infinity();
+  int64_t token = 0;
+  float logit = -kInfinity;
+
+  void look_at(const float* x, int64_t count, int64_t first_token, float highest) {
+    if (highest == -kInfinity) return;
+    constexpr int64_t kQuads = kChunk / 4;
+    uint32_t words[kChunk];
+    random_words(seed, row, static_cast<uint64_t>(first_token / 4), kQuads, words);
+    uint64_t below = limit(highest);
+    for (int64_t quad = 0; quad < (count + 3) / 4; ++quad) {
+      for (int64_t i = 0; i < 4 && 4 * quad + i < count; ++i) {
+        const uint32_t word = words[i * kQuads + quad];
+        if (word >= below) continue;
+        const float value = defined(x[4 * quad + i]);
+        const double key = value + temperature * gumbel(word);
+        if (!(key > best)) continue;
+        best = key;
+        token = first_token + 4 * quad + i;
+        logit = value;
+        below = limit(highest);
+      }
+    }
+  }
+
+  // Words from here on cannot win for a logit of at most `highest`.
+  uint64_t limit(float highest) const {
+    return best == -std::numeric_limits<double>::infinity() ? kAllWords
+                                                            : words_that_exceed((best - highest) / temperature);
+  }
+};
+
+// The chunk as kChunk floats, -inf beyond `count`, +inf made finite: where it is, or in `buffer`.
+template <class Logit>
+const float* as_floats(const Logit* x, int64_t count, float* buffer) {
+  if constexpr (std::is_same_v<Logit, float>) {
+    if (count == kChunk) return x;
+  }
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<Logit, double>) {
+    for (; i + kLanes <= count; i += kLanes) simd::store(buffer + i, simd::load(x + i));
+  }
+  for (; i < count; ++i) {
+    if constexpr (std::is_same_v<Logit, double>) {
+      buffer[i] = static_cast<float>(x[i]);
+    } else {
+      buffer[i] = simd::to_float(x[i]);
+    }
+  }
+  std::fill(buffer + count, buffer + kChunk, -kInfinity);
+  return buffer;
+}
+
+float highest_of(const float* x) {  // kChunk logits
+  std::array<Vec, kUnroll> highest;
+  highest.fill(Vec(-kInfinity));
+  for (int64_t i = 0; i < kChunk; i += kUnroll * kLanes) {
+    for (int64_t u = 0; u < kUnroll; ++u) highest[u] = simd::max(simd::load(x + i + u * kLanes), highest[u]);
+  }
+  for (int64_t u = 1; u < kUnroll; ++u) highest[0] = simd::max(highest[u], highest[0]);
+  return simd::reduce_max(highest[0]);
+}
+
+// A position and what it is chosen by: the lower goes first, then the lower position.
+using Candidate = uint64_t;
+
+template <class Key>
+void collect(const bool* maskable, int64_t width, const Key& key, std::vector<Candidate>& candidates) {
+  candidates.clear();
+  for (int64_t i = 0; i < width; ++i) {
+    if (maskable[i]) candidates.push_back(Candidate{key(i)} << 32 | static_cast<uint32_t>(i));
+  }
+}
+
+// chosen is all false before.
+void choose(std::vector<Candidate>& candidates, int64_t count, bool* chosen) {
+  const int64_t all = static_cast<int64_t>(candidates.size());
+  count = std::clamp<int64_t>(count, 0, all);
+  if (count < all) std::nth_element(candidates.begin(), candidates.begin() + count, candidates.end());
+  for (int64_t i = 0; i < count; ++i) chosen[static_cast<uint32_t>(candidates[i])] = true;
+}
+
+}  // namespace
+
+template <class Logit>
+void row_stats(const RowStatsArguments<Logit>& a, int64_t begin, int64_t end) {
+  float buffer[kChunk];
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t row = a.rows ? a.rows[n] : n;
+    const Logit* logits = a.logits + row * a.stride;
+    const float temperature = a.temperature ? a.temperature[n * a.temperature_step] : 0.0f;
+    const bool sampling = temperature > 0.0f;
+    TopTwo top;
+    Sums sums;
+    GumbelMax sample{temperature, a.seed, static_cast<uint64_t>(row)};
+    for (int64_t first = 0; first < a.width; first += kChunk) {
+      const int64_t count = std::min(kChunk, a.width - first);
+      const float* x = as_floats(logits + first, count, buffer);
+      float highest = highest_of(x);
+      if (highest > kLargest) {
+        for (int64_t i = 0; i < kChunk; ++i) buffer[i] = defined(x[i]);
+        x = buffer;
+        highest = kLargest;
+      }
+      if (highest > top.second) {
+        const float before = top.highest;
+        top.look_at(x, count, first);
+        sums.move(before, top.highest);
+      }
+      if (highest > -kInfinity) sums.add(x, top.highest);
+      if (sampling) sample.look_at(x, count, first, highest);
+    }
+    if (top.highest == -kInfinity) {
+      a.token[n] = 0;
+      a.log_prob[n] = -kInfinity;
+      a.margin[n] = a.entropy[n] = 0.0f;
+      continue;
+    }
+    const double log_sum = std::log(sums.powers);
+    a.token[n] = sampling ? sample.token : top.token;
+    a.log_prob[n] = static_cast<float>((sampling ? static_cast<double>(sample.logit) - top.highest : 0.0) - log_sum);
+    a.margin[n] = static_cast<float>(-std::expm1(static_cast<double>(top.second) - top.highest) / sums.powers);
+    a.entropy[n] = static_cast<float>(std::max(0.0, log_sum - sums.weighted / sums.powers));
+  }
+}
+
+void remask(const RemaskArguments& a, int64_t begin, int64_t end) {
+  std::vector<Candidate> candidates;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = b * a.width;
+    collect(a.maskable + first, a.width, [&](int64_t i) { return lowest_first(a.scores[first + i]); }, candidates);
+    std::fill_n(a.masked + first, a.width, false);
+    choose(candidates, a.count[b], a.masked + first);
+  }
+}
+
+template <class Canvas>
+void commit(const CommitArguments<Canvas>& a, int64_t begin, int64_t end) {
+  std::vector<Candidate> candidates;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = b * a.width;
+    const float* ranking = a.ranking + first;
+    const bool entropy = a.policy == Policy::kEntropy;
+    std::fill_n(a.committed + first, a.width, false);
+    if (a.active == nullptr || a.active[b]) {
+      const auto key = [&](int64_t i) { return entropy ? surest_first(ranking[i]) : highest_first(ranking[i]); };
+      collect(a.maskable + first, a.width, key, candidates);
+      int64_t allowed = 0;
+      if (a.policy == Policy::kAtLeast) {
+        allowed = std::count_if(candidates.begin(), candidates.end(), [&](Candidate candidate) {
+          return reaches(ranking[static_cast<uint32_t>(candidate)], a.bound[b]);
+        });
+      } else if (entropy) {
+        std::sort(candidates.begin(), candidates.end());
+        int64_t units = 0;
+        for (Candidate candidate : candidates) {
+          if (!fits(units, a.bound[b])) break;
+          units += entropy_units(ranking[static_cast<uint32_t>(candidate)]);
+          ++allowed;
+        }
+      }
+      choose(candidates, std::max(allowed, a.minimum[b]), a.committed + first);
+    }
+    for (int64_t i = first; i < first + a.width; ++i) {
+      a.out[i] = a.committed[i] ? static_cast<Canvas>(a.token[i]) : a.canvas[i];
+    }
+  }
+}
+
+template void row_stats<float>(const RowStatsArguments<float>&, int64_t, int64_t);
+template void row_stats<double>(const RowStatsArguments<double>&, int64_t, int64_t);
+template void row_stats<simd::BFloat16>(const RowStatsArguments<simd::BFloat16>&, int64_t, int64_t);
+template void row_stats<simd::Half>(const RowStatsArguments<simd::Half>&, int64_t, int64_t);
+template void commit<int32_t>(const CommitArguments<int32_t>&, int64_t, int64_t);
+template void commit<int64_t>(const CommitArguments<int64_t>&, int64_t, int64_t);
+
+}  // namespace condgen_fast::refinement::CONDGEN_FAST_ISA
