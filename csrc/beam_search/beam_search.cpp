@@ -54,8 +54,8 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch) {
 
 std::tuple<Tensor, Tensor, Tensor> beam_topk_cpu(const Tensor& logits, const Tensor& scores, int64_t k,
                                                  double temperature) {
-  return beam_topk_op(logits, scores, k, temperature,
-                      [](const auto& arguments, int64_t batch) { beam_topk(arguments, batch); });
+  return beam_topk_op<simd::Half, simd::BFloat16>(
+      logits, scores, k, temperature, [](const auto& arguments, int64_t batch) { beam_topk(arguments, batch); });
 }
 
 }  // namespace

@@ -9,20 +9,17 @@
 
 #include "common/cpu_capability.h"
 
+namespace condgen_fast::simd {
+struct Half;
+struct BFloat16;
+}  // namespace condgen_fast::simd
+
 namespace condgen_fast::beam_search {
 
 constexpr int64_t kBlock = 1024;  // logits; a block is read twice, the second time from the first-level cache
 
 // A token and its logit in one number: the higher logit is the greater, of equal ones the lower token.
 using Candidate = uint64_t;
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-struct Float16 {
-  uint16_t bits;
-};
 
 // How the rows that are read (those of beams that are not empty) are cut, and what the scan leaves of them.
 struct Pieces {
@@ -37,6 +34,7 @@ struct Pieces {
   int64_t* found;       // [R, P] how many of these there are
 };
 
+// Logit: float, double or the device's own sixteen-bit types
 template <class Logit>
 struct Arguments {
   // inputs

@@ -6,29 +6,35 @@
 #include <algorithm>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 
 #include "beam_search.h"
 #include "common/check.h"
 
 namespace condgen_fast::beam_search {
 
-template <class Call>
-void with_logit_type(const Tensor& logits, const Call& call) {
-  check_dtype(logits, "logits", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+// call(pointer) with the type that the logits have
+template <class Half, class BFloat16, class Call>
+void with_logits(const Tensor& logits, const Call& call) {
   switch (logits.scalar_type()) {
-    case ScalarType::Float: return call(float{});
-    case ScalarType::BFloat16: return call(Bfloat16{});
-    case ScalarType::Half: return call(Float16{});
-    default: return call(double{});
+    case ScalarType::Float:
+      return call(static_cast<const float*>(logits.data_ptr()));
+    case ScalarType::BFloat16:
+      return call(static_cast<const BFloat16*>(logits.data_ptr()));
+    case ScalarType::Half:
+      return call(static_cast<const Half*>(logits.data_ptr()));
+    default:
+      return call(static_cast<const double*>(logits.data_ptr()));
   }
 }
 
-template <class Run>
+template <class Half, class BFloat16, class Run>
 std::tuple<Tensor, Tensor, Tensor> beam_topk_op(const Tensor& logits,  // [B, K, V]
                                                 const Tensor& scores,  // [B, K]
                                                 int64_t k, double temperature, const Run& run) {
   check_shape(logits, "logits", {-1, -1, -1});
   const int64_t batch = logits.size(0), beams = logits.size(1), vocab = logits.size(2);
+  check_dtype(logits, "logits", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
   check_shape(scores, "scores", {batch, beams});
   check_dtype(scores, "scores", {ScalarType::Float});
   check_same_device(scores, "scores", logits, "logits");
@@ -40,10 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> beam_topk_op(const Tensor& logits,  // [B, K,
   Tensor out_scores = torch::stable::new_empty(s, {batch, k});
   Tensor out_parents = torch::stable::new_empty(s, {batch, k}, ScalarType::Long);
   Tensor out_tokens = torch::stable::new_empty(s, {batch, k}, ScalarType::Long);
-  with_logit_type(logits, [&](auto type) {
-    using Logit = decltype(type);
-    Arguments<Logit> arguments;
-    arguments.logits = static_cast<const Logit*>(x.data_ptr());
+  with_logits<Half, BFloat16>(x, [&](auto* data) {
+    Arguments<std::remove_const_t<std::remove_pointer_t<decltype(data)>>> arguments;
+    arguments.logits = data;
     arguments.sentence_stride = x.stride(0);
     arguments.beam_stride = x.stride(1);
     arguments.scores = s.const_data_ptr<float>();
