@@ -214,9 +214,7 @@ class LevenshteinRefinement:
         logits = model.insert_logits(now.tokens, now.memory)
         if self.eos_penalty:
             logits = logits - self.eos_penalty * (torch.arange(logits.shape[-1], device=logits.device) == 0)
-        insert = row_stats(logits).token
-        slot = torch.arange(insert.shape[1], device=insert.device) < kept[:, None] - 1
-        insert = insert * (slot & ~now.settled[:, None])
+        insert = row_stats(logits).token * ~now.settled[:, None]
         room = (now.bounds - kept).clamp(min=0)[:, None]
         insert = torch.minimum(insert, (room - insert.cumsum(1) + insert).clamp(min=0))
         edited = apply_edits(now.tokens, insert=insert, scores=now.log_probs, max_length=width, **ids)
