@@ -23,7 +23,8 @@ struct Philox {
   }
 };
 
-// Words of columns 4 * first ... of a row, count of each kind: words[i * count + j] is that of column 4 * (first + j) + i.
+// Words of columns 4 * first ... of a row, count of each kind: words[i * count + j] is that of column 4 * (first + j) +
+// i.
 inline void random_words(uint64_t seed, uint64_t row, uint64_t first, int64_t count, uint32_t* words) {
   const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int64_t j = 0; j < count; ++j) {

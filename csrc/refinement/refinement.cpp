@@ -13,10 +13,14 @@ template <class Call>
 void with_logit_type(const Tensor& logits, const Call& call) {
   check_dtype(logits, "logits", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
   switch (logits.scalar_type()) {
-    case ScalarType::Float: return call(std::type_identity<float>{});
-    case ScalarType::BFloat16: return call(std::type_identity<simd::BFloat16>{});
-    case ScalarType::Half: return call(std::type_identity<simd::Half>{});
-    default: return call(std::type_identity<double>{});
+    case ScalarType::Float:
+      return call(std::type_identity<float>{});
+    case ScalarType::BFloat16:
+      return call(std::type_identity<simd::BFloat16>{});
+    case ScalarType::Half:
+      return call(std::type_identity<simd::Half>{});
+    default:
+      return call(std::type_identity<double>{});
   }
 }
 
@@ -62,9 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,  
     arguments.log_prob = log_prob.mutable_data_ptr<float>();
     arguments.margin = margin.mutable_data_ptr<float>();
     arguments.entropy = entropy.mutable_data_ptr<float>();
-    parallel_for(count, width, [&](int64_t begin, int64_t end) {
-      CONDGEN_FAST_CPU_CALL(row_stats, arguments, begin, end);
-    });
+    parallel_for(count, width,
+                 [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(row_stats, arguments, begin, end); });
   });
   return {token, log_prob, margin, entropy};
 }
@@ -73,21 +76,19 @@ constexpr int64_t kSelectionWork = 8;  // simple operations a position
 
 Tensor remask_cpu(const Tensor& scores, const Tensor& count, const Tensor& maskable) {
   return remask_op(scores, count, maskable, [](const RemaskArguments& arguments, int64_t batch) {
-    parallel_for(batch, kSelectionWork * arguments.width, [&](int64_t begin, int64_t end) {
-      CONDGEN_FAST_CPU_CALL(remask, arguments, begin, end);
-    });
+    parallel_for(batch, kSelectionWork * arguments.width,
+                 [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(remask, arguments, begin, end); });
   });
 }
 
 std::tuple<Tensor, Tensor> commit_cpu(const Tensor& token, const Tensor& ranking, const Tensor& canvas,
                                       const Tensor& maskable, const Tensor& minimum, const std::optional<Tensor>& bound,
                                       const std::optional<Tensor>& active, bool entropy) {
-  return commit_op(token, ranking, canvas, maskable, minimum, bound, active, entropy,
-                   [](const auto& arguments, int64_t batch) {
-                     parallel_for(batch, kSelectionWork * arguments.width, [&](int64_t begin, int64_t end) {
-                       CONDGEN_FAST_CPU_CALL(commit, arguments, begin, end);
-                     });
-                   });
+  return commit_op(
+      token, ranking, canvas, maskable, minimum, bound, active, entropy, [](const auto& arguments, int64_t batch) {
+        parallel_for(batch, kSelectionWork * arguments.width,
+                     [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(commit, arguments, begin, end); });
+      });
 }
 
 }  // namespace

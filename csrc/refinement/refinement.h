@@ -60,13 +60,12 @@ struct CommitArguments {
   bool* committed;  // [B, T]
 };
 
-CONDGEN_FAST_CPU_DECLARE(
-    template <class Logit>
-    void row_stats(const RowStatsArguments<Logit>& arguments, int64_t begin, int64_t end);
+CONDGEN_FAST_CPU_DECLARE(template <class Logit>
+                         void row_stats(const RowStatsArguments<Logit>& arguments, int64_t begin, int64_t end);
 
-    void remask(const RemaskArguments& arguments, int64_t begin, int64_t end);
+                         void remask(const RemaskArguments& arguments, int64_t begin, int64_t end);
 
-    template <class Canvas>
-    void commit(const CommitArguments<Canvas>& arguments, int64_t begin, int64_t end);)
+                         template <class Canvas>
+                         void commit(const CommitArguments<Canvas>& arguments, int64_t begin, int64_t end);)
 
 }  // namespace condgen_fast::refinement
