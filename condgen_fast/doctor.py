@@ -89,8 +89,8 @@ def _implementation(call: Callable[[torch.device], object], name: str) -> str:
     try:
         with seen:
             call(device)
-    except (RuntimeError, ImportError, NotImplementedError) as error:
-        return "none: " + str(error).splitlines()[0].split(" (")[0]
+    except Exception as error:  # whatever is wrong with an op, the others still have to be reported
+        return f"none: {(str(error) or type(error).__name__).splitlines()[0].split(' (')[0]}"
     if any("triton" in op for op in seen.names) or (device.type == "cuda" and not seen.names):
         return "Triton"  # a kernel that Triton launches by itself passes no dispatcher
     if not seen.names:
