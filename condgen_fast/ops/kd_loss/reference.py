@@ -31,7 +31,7 @@ def teacher_log_probs(teacher, labels: Tensor | None, vocab_size: int, temperatu
         others = vocab_size - ids.shape[-1]
         fill = (rest / others).log() if teacher.tail == "uniform" and others else torch.full_like(rest, -torch.inf)
         logits = fill.expand(-1, vocab_size).scatter(1, ids, listed)
-        if teacher.tail == "drop":  # the rest is an outcome outside the vocabulary
+        if teacher.tail == "drop" and others:  # the rest is an outcome outside the vocabulary
             return log_softmax(torch.cat([logits, rest.log()], -1), temperature)[:, :-1]
     return log_softmax(logits, temperature)
 

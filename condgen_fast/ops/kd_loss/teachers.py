@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -108,28 +109,24 @@ def listed_distribution(
     if isinstance(teacher, LabelPrior):
         safe = labels.clamp(0, vocab_size - 1)
         ids = teacher.ids[safe]
-        listed = teacher.weights.to(dtype).log()
-        listed = listed[safe] if listed.dim() == 2 else listed.expand(ids.shape)
-        floor = torch.full((ids.shape[0], 1), teacher.floor, dtype=dtype, device=ids.device).log()
-        others, tail = vocab_size - ids.shape[-1], "uniform"
+        listed = teacher.weights.double().log() if teacher.weights.dim() == 1 else teacher.weights[safe].double().log()
+        floor = torch.full((), teacher.floor, dtype=torch.float64, device=ids.device).log()[None]
+        others = vocab_size - ids.shape[-1]
+        tail = "uniform" if others else "renormalise"
     else:
         ids = teacher.ids.reshape(-1, teacher.ids.shape[-1])
-        listed = teacher.log_probs.to(dtype).reshape(ids.shape)
+        listed = teacher.log_probs.double().reshape(ids.shape)  # 1 - sum cancels, and a high temperature magnifies that
+        others = vocab_size - ids.shape[-1]
+        tail = teacher.tail if others else "renormalise"
         rest = (-torch.expm1(listed.logsumexp(-1, keepdim=True))).clamp_min(0)
-        others, tail = vocab_size - ids.shape[-1], teacher.tail
         floor = (rest / max(others, 1)).log() if tail == "uniform" else rest.log()
 
-    # The outcomes besides the listed ones: `others` tokens, one ghost outside the vocabulary, or none.
+    # Besides the listed outcomes there are `others` tokens, one ghost outside the vocabulary, or none.
     listed, floor = listed / temperature, floor / temperature
-    if tail == "renormalise":
-        normaliser = listed.logsumexp(-1, keepdim=True)
-    elif tail == "drop":
-        normaliser = torch.cat([listed, floor], -1).logsumexp(-1, keepdim=True)
-    else:
-        count = torch.tensor(float(others), dtype=dtype, device=ids.device).log()
-        normaliser = torch.cat([listed, floor + count], -1).logsumexp(-1, keepdim=True)
+    outcomes = {"uniform": others, "drop": 1, "renormalise": 0}[tail]
+    everything = listed if outcomes == 0 else torch.cat([listed, floor + math.log(outcomes)], -1)
+    normaliser = everything.logsumexp(-1, keepdim=True)
     normaliser = normaliser.masked_fill(normaliser == -torch.inf, 0)  # a row with no mass stays without
-    probabilities = (listed - normaliser).exp()
-    if tail == "uniform" and others > 0:
-        return ids, probabilities, (floor - normaliser).exp().squeeze(-1)
-    return ids, probabilities, torch.zeros(ids.shape[0], dtype=dtype, device=ids.device)
+    probabilities = (listed - normaliser).exp().to(dtype).expand(ids.shape)
+    floor = (floor - normaliser).exp() if tail == "uniform" else torch.zeros_like(normaliser)
+    return ids.long(), probabilities, floor.to(dtype).squeeze(-1).expand(ids.shape[0])
