@@ -45,6 +45,7 @@ struct Arguments {
   int64_t vocab;        // V
   int64_t k;
   float temperature;
+  float power_scale;  // log2(e) / temperature, finite so that 0 times it is 0
   // outputs
   float* out_scores;     // [B, k]
   int64_t* out_parents;  // [B, k]

@@ -17,6 +17,7 @@ namespace {
 using simd::Vec;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kLanes = simd::kLanes;
 constexpr int64_t kStep = 4 * kLanes;
 static_assert(kBlock % kStep == 0);
@@ -39,17 +40,16 @@ struct Best {
   Candidate* candidates;  // [capacity]
   int64_t capacity;
   int64_t count = 0;
-  float threshold = -kInfinity;  // what a logit has to exceed to enter
+  Candidate entry = 0;  // what a candidate has to exceed: the last of them, 0 while there is room
 
-  // Tokens come in ascending order, so of equal logits the one that is there stays.
-  void insert(float logit, int64_t token) {
-    const Candidate entering = candidate(logit, token);
+  void insert(Candidate entering) {
+    if (entering <= entry) return;
     if (count < capacity) ++count;
     Candidate* last = candidates + count - 1;
     Candidate* place = std::lower_bound(candidates, last, entering, std::greater<>());
     std::copy_backward(place, last, last + 1);
     *place = entering;
-    if (count == capacity) threshold = logit_of(candidates[capacity - 1]);
+    if (count == capacity) entry = candidates[capacity - 1];
   }
 };
 
@@ -71,11 +71,17 @@ const float* as_floats(const Logit* logits, int64_t count, float* buffer) {
   return buffer;
 }
 
-float highest(const float* x, int64_t count) {
+// Column c of a block: logits c, c + kStep, c + 2 kStep, ... Their highest go to `columns` [kStep], and to `overall` [kStep]
+// where they exceed it; the block's highest is returned.
+float highest(const float* x, int64_t count, float* columns, float* overall) {
   Vec high[4];
   for (Vec& part : high) part = Vec(-kInfinity);
   for (int64_t i = 0; i < count; i += kStep) {
     for (int j = 0; j < 4; ++j) high[j] = max(simd::load(x + i + j * kLanes), high[j]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    simd::store(columns + j * kLanes, high[j]);
+    simd::store(overall + j * kLanes, max(high[j], simd::load(overall + j * kLanes)));
   }
   return reduce_max(max(max(high[0], high[1]), max(high[2], high[3])));
 }
@@ -108,40 +114,50 @@ float sum_of_powers(const float* x, int64_t count, float highest, float scale) {
   return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-void collect(const float* x, int64_t count, int64_t first_token, Best& best) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    uint32_t above = bits(simd::load(x + i) > Vec(best.threshold));
-    for (; above != 0; above &= above - 1) {
-      const int64_t j = i + std::countr_zero(above);
-      if (x[j] > best.threshold) best.insert(x[j], first_token + j);
+// The k-th highest of `columns`, the highest of each: at least k logits are no lower. -inf if there are fewer columns.
+float lower_bound_of_kth(const float* columns, int64_t k) {
+  if (k > kStep) return -kInfinity;
+  float sorted[kStep];
+  std::copy(columns, columns + kStep, sorted);
+  std::nth_element(sorted, sorted + k - 1, sorted + kStep, std::greater<>());
+  return sorted[k - 1];
+}
+
+float value_of(float logit) { return logit; }
+float value_of(double logit) { return static_cast<float>(logit); }
+template <class Logit>
+float value_of(Logit logit) {
+  return simd::to_float(logit);
+}
+
+// Takes the logits of a block that are no lower than `least`, which is above -inf, looking only into columns that have such.
+template <class Logit>
+void collect(const Logit* logits, int64_t count, const float* columns, float least, int64_t first_token, Best& best) {
+  for (int64_t group = 0; group < kStep; group += kLanes) {
+    uint32_t hits = bits(simd::load(columns + group) >= Vec(least));
+    for (; hits != 0; hits &= hits - 1) {
+      for (int64_t i = group + std::countr_zero(hits); i < count; i += kStep) {
+        const float value = value_of(logits[i]);
+        if (value >= least) best.insert(candidate(value, first_token + i));
+      }
     }
   }
 }
 
 // Logits of -inf or NaN, which `collect` never takes, where there are too few others.
 template <class Logit>
-void fill_up(const Logit* row, int64_t begin, int64_t end, float* buffer, Best& best) {
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t count = std::min(kBlock, end - first);
-    const float* x = as_floats(row + first, count, buffer);
-    for (int64_t i = 0; i < count; ++i) {
-      if (best.count == best.capacity) return;
-      if (!(x[i] > -kInfinity)) best.candidates[best.count++] = candidate(-kInfinity, first + i);
-    }
+void fill_up(const Logit* row, int64_t begin, int64_t end, Best& best) {
+  for (int64_t token = begin; token < end && best.count < best.capacity; ++token) {
+    if (!(value_of(row[token]) > -kInfinity)) best.candidates[best.count++] = candidate(-kInfinity, token);
   }
-}
-
-// log2(e) / temperature, finite so that it leaves 0 as it is
-float power_scale(float temperature) {
-  return std::min(1.44269504f / temperature, std::numeric_limits<float>::max());
 }
 
 }  // namespace
 
 template <class Logit>
 void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin, int64_t end) {
-  const float scale = power_scale(arguments.temperature);
-  alignas(64) float buffer[kBlock];
+  alignas(64) float buffer[kBlock], overall[kStep];
+  std::vector<float> columns(pieces.blocks * kStep);
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t row = pieces.rows[piece / pieces.per_row];
     const Logit* logits = arguments.logits + row / arguments.beams * arguments.sentence_stride +
@@ -150,7 +166,7 @@ void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin
     const int64_t piece_end = std::min(piece_begin + pieces.blocks * kBlock, arguments.vocab);
     float* highest_of = pieces.highest + piece * pieces.blocks;
     float* sum_of = pieces.sums + piece * pieces.blocks;
-    Best best{pieces.best + piece * pieces.kept, std::min(pieces.kept, std::max<int64_t>(piece_end - piece_begin, 0))};
+    std::fill(overall, overall + kStep, -kInfinity);
     for (int64_t block = 0; block < pieces.blocks; ++block) {
       const int64_t first = piece_begin + block * kBlock;
       const int64_t count = std::min(kBlock, piece_end - first);
@@ -159,13 +175,23 @@ void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin
       if (count <= 0) continue;
       const float* x = as_floats(logits + first, count, buffer);
       const int64_t padded = (count + kStep - 1) / kStep * kStep;
-      const float top = highest(x, padded);
-      highest_of[block] = top;
-      if (!(std::abs(top) < kInfinity)) continue;
-      if (top > best.threshold) collect(x, padded, first, best);
-      sum_of[block] = sum_of_powers(x, padded, top, scale);
+      highest_of[block] = highest(x, padded, columns.data() + block * kStep, overall);
+      if (std::abs(highest_of[block]) < kInfinity) {
+        sum_of[block] = sum_of_powers(x, padded, highest_of[block], arguments.power_scale);
+      }
     }
-    if (best.count < best.capacity) fill_up(logits, piece_begin, piece_end, buffer, best);
+
+    // Now that k logits are known to reach `bound`, few blocks have anything for the k best.
+    Best best{pieces.best + piece * pieces.kept, std::min(pieces.kept, piece_end - piece_begin)};
+    const float bound = std::max(lower_bound_of_kth(overall, best.capacity), kLowest);
+    for (int64_t block = 0; block < pieces.blocks; ++block) {
+      const float top = highest_of[block];
+      if (!(top >= bound) || (best.entry != 0 && top <= logit_of(best.entry))) continue;
+      const int64_t first = piece_begin + block * kBlock;
+      const float least = best.entry == 0 ? bound : std::max(bound, std::nextafter(logit_of(best.entry), kInfinity));
+      collect(logits + first, std::min(kBlock, piece_end - first), columns.data() + block * kStep, least, first, best);
+    }
+    if (best.count < best.capacity) fill_up(logits, piece_begin, piece_end, best);
     pieces.found[piece] = best.count;
   }
 }
@@ -215,7 +241,7 @@ template <class Logit>
 void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_t* row_of, int64_t begin, int64_t end) {
   const int64_t beams = arguments.beams, k = arguments.k;
   const int64_t per_row = std::min(k, arguments.vocab);
-  const float scale = power_scale(arguments.temperature);
+  const float scale = arguments.power_scale;
   std::vector<Row> rows(beams);
   std::vector<int64_t> used(beams);   // candidates of a row that are in the result
   std::vector<float> next(beams);  // total of the first that is not

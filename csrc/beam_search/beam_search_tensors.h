@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> beam_topk_op(const Tensor& logits,  // [B, K,
   check_shape(scores, "scores", {batch, beams});
   check_dtype(scores, "scores", {ScalarType::Float});
   check_same_device(scores, "scores", logits, "logits");
+  constexpr float kLeast = std::numeric_limits<float>::min(), kMost = std::numeric_limits<float>::max();
   CONDGEN_FAST_CHECK(k >= 1, "k must be >= 1; got ", k);
   CONDGEN_FAST_CHECK(temperature > 0, "temperature must be > 0; got ", temperature);
   CONDGEN_FAST_CHECK(vocab <= INT32_MAX, "logits must have at most 2147483647 tokens; got ", vocab);
@@ -55,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> beam_topk_op(const Tensor& logits,  // [B, K,
     arguments.beams = beams;
     arguments.vocab = vocab;
     arguments.k = k;
-    arguments.temperature = static_cast<float>(
-        std::clamp<double>(temperature, std::numeric_limits<float>::min(), std::numeric_limits<float>::max()));
+    arguments.temperature = static_cast<float>(std::clamp<double>(temperature, kLeast, kMost));
+    arguments.power_scale = std::min(1.44269504f / arguments.temperature, kMost);
     arguments.out_scores = out_scores.mutable_data_ptr<float>();
     arguments.out_parents = out_parents.mutable_data_ptr<int64_t>();
     arguments.out_tokens = out_tokens.mutable_data_ptr<int64_t>();
