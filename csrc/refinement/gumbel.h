@@ -3,39 +3,58 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "common/simd.h"
 
 namespace condgen_fast::refinement::CONDGEN_FAST_ISA {
 
-// One of ten rounds of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3)
-struct Philox {
-  uint32_t c0, c1, c2, c3;
+// A 32-bit number in the lower half of each lane; what stands in the upper half does not matter.
+typedef uint64_t Longs __attribute__((vector_size(simd::kLanes * 4)));
+typedef uint32_t LowerHalves __attribute__((vector_size(simd::kLanes * 2)));
+constexpr int64_t kLongs = simd::kLanes / 2;
 
-  Philox rounds(uint32_t k0, uint32_t k1) const {
-    Philox c = *this;
+inline Longs product(Longs a, uint32_t b) {
+  const Longs all = Longs{} + b;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Longs>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(all)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Longs>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(all)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Longs>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(all)));
+#else
+  return (a & 0xffffffffu) * all;
+#endif
+}
+
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3) of columns
+// 4 * first ... of a row: words[i * count + j] is that of column 4 * (first + j) + i. count is a multiple of kLongs.
+inline void random_words(uint64_t seed, uint64_t row, uint64_t first, int64_t count, uint32_t* words) {
+  Longs steps;
+  for (int64_t lane = 0; lane < kLongs; ++lane) steps[lane] = static_cast<uint64_t>(lane);
+  for (int64_t j = 0; j < count; j += kLongs) {
+    const Longs quads = steps + (first + static_cast<uint64_t>(j));
+    Longs c0 = quads, c1 = quads >> 32, c2 = Longs{} + row, c3 = Longs{} + (row >> 32);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-      const uint64_t product0 = uint64_t{0xD2511F53u} * c.c0, product1 = uint64_t{0xCD9E8D57u} * c.c2;
-      c = {static_cast<uint32_t>(product1 >> 32) ^ c.c1 ^ k0, static_cast<uint32_t>(product1),
-           static_cast<uint32_t>(product0 >> 32) ^ c.c3 ^ k1, static_cast<uint32_t>(product0)};
+      const Longs product0 = product(c0, 0xD2511F53u), product1 = product(c2, 0xCD9E8D57u);
+      c0 = product1 >> 32 ^ c1 ^ uint64_t{k0};
+      c2 = product0 >> 32 ^ c3 ^ uint64_t{k1};
+      c1 = product1;
+      c3 = product0;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    return c;
-  }
-};
-
-// Words of columns 4 * first ... of a row, count of each kind: words[i * count + j] is that of column 4 * (first + j) +
-// i.
-inline void random_words(uint64_t seed, uint64_t row, uint64_t first, int64_t count, uint32_t* words) {
-  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int64_t j = 0; j < count; ++j) {
-    const uint64_t quad = first + static_cast<uint64_t>(j);
-    const Philox start{static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), static_cast<uint32_t>(row),
-                       static_cast<uint32_t>(row >> 32)};
-    const Philox random = start.rounds(k0, k1);
-    words[j] = random.c0;
-    words[count + j] = random.c1;
-    words[2 * count + j] = random.c2;
-    words[3 * count + j] = random.c3;
+    int64_t kind = 0;
+    for (const Longs& c : {c0, c1, c2, c3}) {
+      const LowerHalves narrow = __builtin_convertvector(c, LowerHalves);
+      std::memcpy(words + kind++ * count + j, &narrow, sizeof narrow);
+    }
   }
 }
 

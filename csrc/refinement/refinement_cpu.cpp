@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -69,7 +70,10 @@ struct Sums {
     powers *= factor;
   }
 
-  void add(const float* x, float highest) {  // kChunk logits
+  // kChunk logits; `ahead` is what memory is asked for meanwhile, kChunk logits as they come. The processor's own
+  // prefetching pauses where a chunk is read for the second time.
+  template <class Logit>
+  void add(const float* x, float highest, const Logit* ahead) {
     const Vec subtracted(highest), lowest(kLowestExponent);
     // Four of each, in variables of their own: GCC 12 keeps an array of them in memory.
     Vec power0(0.0f), power1(0.0f), power2(0.0f), power3(0.0f);
@@ -80,7 +84,9 @@ struct Sums {
       power_sum = power_sum + power;
       weighted_sum = simd::fma(power, exponent, weighted_sum);
     };
+    constexpr int64_t kLine = 64 / sizeof(Logit);
     for (int64_t i = 0; i < kChunk; i += 4 * kLanes) {
+      for (int64_t line = 0; line < 4 * kLanes; line += kLine) __builtin_prefetch(ahead + i + line);
       add_one(x + i, power0, weighted0);
       add_one(x + i + kLanes, power1, weighted1);
       add_one(x + i + 2 * kLanes, power2, weighted2);
@@ -105,19 +111,32 @@ struct GumbelMax {
     uint32_t words[kChunk];
     random_words(seed, row, static_cast<uint64_t>(first_token / 4), kQuads, words);
     uint64_t below = limit(highest);
-    for (int64_t quad = 0; quad < (count + 3) / 4; ++quad) {
-      for (int64_t i = 0; i < 4 && 4 * quad + i < count; ++i) {
-        const uint32_t word = words[i * kQuads + quad];
+    for (int64_t quad = 0; 4 * quad < count; quad += kLanes) {
+      if (!any_below(words + quad, kQuads, below)) continue;
+      const int64_t end = std::min(count, 4 * (quad + kLanes));
+      for (int64_t i = 4 * quad; i < end; ++i) {  // in order, so that of equal keys the lower token stays
+        const uint32_t word = words[i % 4 * kQuads + i / 4];
         if (word >= below) continue;
-        const float value = defined(x[4 * quad + i]);
+        const float value = defined(x[i]);
         const double key = value + temperature * gumbel(word);
         if (!(key > best)) continue;
         best = key;
-        token = first_token + 4 * quad + i;
+        token = first_token + i;
         logit = value;
         below = limit(highest);
       }
     }
+  }
+
+  // Whether one of the words of kLanes quads is; below is at least 1.
+  static bool any_below(const uint32_t* words, int64_t step, uint64_t below) {
+    simd::Words lowest, next;
+    std::memcpy(&lowest, words, sizeof lowest);
+    for (int64_t i = 1; i < 4; ++i) {
+      std::memcpy(&next, words + i * step, sizeof next);
+      lowest = next < lowest ? next : lowest;
+    }
+    return simd::any({lowest <= simd::Words{} + static_cast<uint32_t>(below - 1)});
   }
 
   // Words from here on cannot win for a logit of at most `highest`.
@@ -205,7 +224,7 @@ void row_stats(const RowStatsArguments<Logit>& a, int64_t begin, int64_t end) {
         top.look_at(x, count, first);
         sums.move(before, top.highest);
       }
-      if (highest > -kInfinity) sums.add(x, top.highest);
+      if (highest > -kInfinity) sums.add(x, top.highest, logits + first + kChunk);
       if (sampling) sample.look_at(x, count, first, highest);
     }
     if (top.highest == -kInfinity) {
