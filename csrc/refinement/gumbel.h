@@ -1,6 +1,7 @@
 // Random numbers that are a function of (seed, row, column) alone; reference.py defines them. Only for *_cpu.cpp files.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -61,6 +62,13 @@ inline void random_words(uint64_t seed, uint64_t row, uint64_t first, int64_t co
 inline double gumbel(uint32_t word) {
   const double fine = (word + 0.5) * 0x1p-32, coarse = ((word >> 9) + 0.5) * 0x1p-23;
   return -std::log(word < (1u << 20) ? fine + fine * fine / 2 : -std::log(1 - coarse));
+}
+
+// -log(E) <= -log(w), and the leading zeros of the word bound w from below; the rest is for words that drop their last
+// nine bits.
+inline double gumbel_at_most(uint32_t word) {
+  constexpr double kLogOfTwo = 0.69314718055994531;
+  return kLogOfTwo * (std::countl_zero(word) + 1) + 1e-3;
 }
 
 // No word from here on has noise above `least`; kAllWords where every word might.

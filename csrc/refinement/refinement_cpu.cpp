@@ -118,6 +118,7 @@ struct GumbelMax {
         const uint32_t word = words[i % 4 * kQuads + i / 4];
         if (word >= below) continue;
         const float value = defined(x[i]);
+        if (value + temperature * gumbel_at_most(word) < best) continue;
         const double key = value + temperature * gumbel(word);
         if (!(key > best)) continue;
         best = key;
