@@ -62,7 +62,8 @@ std::vector<float> random_row(int64_t width, float scale) {
 TEST(refinement_row_stats_is_the_definition) {
   for (int64_t width : {1, 2, 3, 17, 63, 64, 65, 1023, 1024, 1025, 4096, 5000}) {
     for (float scale : {0.01f, 1.0f, 20.0f, 3000.0f}) {
-      const std::vector<float> row = random_row(width, scale);
+      std::vector<float> row = random_row(width, scale);
+      if (scale >= 1.0f) row[testing::random_int(0, width - 1)] = *std::max_element(row.begin(), row.end());  // a tie
       const Stats got = stats_of(row, width, {}, 0);
       const int64_t token = std::max_element(row.begin(), row.end()) - row.begin();
       double sum = 0.0, weighted = 0.0, second = 0.0;
@@ -111,7 +112,11 @@ std::vector<float> random_ranking(int64_t width) {
   std::vector<float> ranking(width);
   for (float& x : ranking) {
     const int64_t kind = testing::random_int(0, 9);
-    x = kind == 0 ? NAN : kind == 1 ? -kInfinity : kind == 2 ? kInfinity : testing::random_int(-6, 6) / 4.0f;
+    x = kind == 0   ? NAN
+        : kind == 1 ? -kInfinity
+        : kind == 2 ? kInfinity
+        : kind == 3 ? -0.0f
+                    : testing::random_int(-6, 6) / 4.0f;
   }
   return ranking;
 }
