@@ -26,7 +26,8 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch) {
   const int64_t row_count = static_cast<int64_t>(rows.size());
   const int64_t row_blocks = std::max<int64_t>(1, (vocab + kBlock - 1) / kBlock);
   const int64_t wanted = kPiecesPerThread * thread_count() / std::max<int64_t>(1, row_count);
-  const int64_t cuts = thread_count() == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_blocks / kLeastBlocks));
+  const int64_t cuts =
+      thread_count() == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_blocks / kLeastBlocks));
 
   Pieces pieces;
   pieces.rows = rows.data();
@@ -43,9 +44,8 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch) {
   pieces.best = best.data();
   pieces.found = found.data();
 
-  parallel_for(count, std::min(vocab, pieces.blocks * kBlock), [&](int64_t begin, int64_t end) {
-    CONDGEN_FAST_CPU_CALL(scan, arguments, pieces, begin, end);
-  });
+  parallel_for(count, std::min(vocab, pieces.blocks * kBlock),
+               [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(scan, arguments, pieces, begin, end); });
   const int64_t merge_work = beams * (2 * row_blocks + pieces.per_row * pieces.kept) + arguments.k * beams;
   parallel_for(batch, merge_work, [&](int64_t begin, int64_t end) {
     CONDGEN_FAST_CPU_CALL(merge, arguments, pieces, row_of.data(), begin, end);

@@ -1,7 +1,7 @@
 // CPU kernels of the beam_search family: first scan pieces of rows, then merge the pieces of each sentence.
 //
-// A row is the logits of one beam. It is read in blocks of kBlock logits, each of which leaves its highest logit and its
-// sum of exponentials; the sums of a row are added up in the order of its blocks whichever thread made them, so the
+// A row is the logits of one beam. It is read in blocks of kBlock logits, each of which leaves its highest logit and
+// its sum of exponentials; the sums of a row are added up in the order of its blocks whichever thread made them, so the
 // number of threads and of pieces cannot be seen in the result.
 #pragma once
 
@@ -58,8 +58,7 @@ CONDGEN_FAST_CPU_DECLARE(
     void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin, int64_t end);
 
     // Sentences [begin, end). row_of [B, K] is the place in `pieces.rows`, -1 for an empty beam.
-    template <class Logit>
-    void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_t* row_of, int64_t begin,
-               int64_t end);)
+    template <class Logit> void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_t* row_of,
+                                      int64_t begin, int64_t end);)
 
 }  // namespace condgen_fast::beam_search

@@ -71,8 +71,8 @@ const float* as_floats(const Logit* logits, int64_t count, float* buffer) {
   return buffer;
 }
 
-// Column c of a block: logits c, c + kStep, c + 2 kStep, ... Their highest go to `columns` [kStep], and to `overall` [kStep]
-// where they exceed it; the block's highest is returned.
+// Column c of a block: logits c, c + kStep, c + 2 kStep, ... Their highest go to `columns` [kStep], and to `overall`
+// [kStep] where they exceed it; the block's highest is returned.
 float highest(const float* x, int64_t count, float* columns, float* overall) {
   Vec high[4];
   for (Vec& part : high) part = Vec(-kInfinity);
@@ -86,8 +86,8 @@ float highest(const float* x, int64_t count, float* columns, float* overall) {
   return reduce_max(max(max(high[0], high[1]), max(high[2], high[3])));
 }
 
-// 2^x for x <= 0, and for NaN as for the lowest x: relative error 1.6e-7 down to 2^-126, which is as low as it gets; sums
-// of 1 or more do not feel the difference. simd::exp would take twice the instructions.
+// 2^x for x <= 0, and for NaN as for the lowest x: relative error 1.6e-7 down to 2^-126, which is as low as it gets;
+// sums of 1 or more do not feel the difference. simd::exp would take twice the instructions.
 Vec power_of_two(Vec x) {
   x = max(x, Vec(-126.0f));
   const Vec shift(0x1.8p23f);  // adding it rounds to an integer, which is then in the low bits
@@ -130,7 +130,8 @@ float value_of(Logit logit) {
   return simd::to_float(logit);
 }
 
-// Takes the logits of a block that are no lower than `least`, which is above -inf, looking only into columns that have such.
+// Takes the logits of a block that are no lower than `least`, which is above -inf, looking only into columns that have
+// such.
 template <class Logit>
 void collect(const Logit* logits, int64_t count, const float* columns, float least, int64_t first_token, Best& best) {
   for (int64_t group = 0; group < kStep; group += kLanes) {
@@ -243,8 +244,8 @@ void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_
   const int64_t per_row = std::min(k, arguments.vocab);
   const float scale = arguments.power_scale;
   std::vector<Row> rows(beams);
-  std::vector<int64_t> used(beams);   // candidates of a row that are in the result
-  std::vector<float> next(beams);  // total of the first that is not
+  std::vector<int64_t> used(beams);  // candidates of a row that are in the result
+  std::vector<float> next(beams);    // total of the first that is not
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t i = 0; i < beams; ++i) {
       const int64_t row = row_of[b * beams + i];
@@ -272,8 +273,8 @@ void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_
   }
 }
 
-#define INSTANTIATE(Logit)                                                                       \
-  template void scan<Logit>(const Arguments<Logit>&, const Pieces&, int64_t, int64_t);           \
+#define INSTANTIATE(Logit)                                                             \
+  template void scan<Logit>(const Arguments<Logit>&, const Pieces&, int64_t, int64_t); \
   template void merge<Logit>(const Arguments<Logit>&, const Pieces&, const int64_t*, int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

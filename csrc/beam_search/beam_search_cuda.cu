@@ -22,14 +22,14 @@ constexpr int64_t kMostCandidates = 1024;
 constexpr int kBlocksPerProcessor = 4;  // to aim at where rows are few
 
 struct Sections {
-  int64_t pieces;    // of a row
-  int64_t per_row;   // sections
+  int64_t pieces;   // of a row
+  int64_t per_row;  // sections
   int64_t per_piece;
-  int64_t kept;      // candidates of a piece
+  int64_t kept;  // candidates of a piece
   // scratch
-  Candidate* best;    // [B * K, pieces, kept] descending
-  float* highest;     // [B * K, per_row]
-  float* sums;        // [B * K, per_row]
+  Candidate* best;     // [B * K, pieces, kept] descending
+  float* highest;      // [B * K, per_row]
+  float* sums;         // [B * K, per_row]
   struct List* lists;  // [B * K, pieces]
 };
 
@@ -225,8 +225,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Arguments<Logit> argumen
     const int64_t read = tile + kTile;
     if ((read - begin) % kSection == 0 || read >= end) {
       const int64_t section = row * sections.per_row + tile / kSection;
-      finish_section(highest, sum, arguments.power_scale, partial, sections.highest + section,
-                     sections.sums + section);
+      finish_section(highest, sum, arguments.power_scale, partial, sections.highest + section, sections.sums + section);
       highest = minus_infinity();
       sum = 0.0f;
     }
@@ -342,9 +341,10 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch, const Tensor& l
   const int64_t rows = batch * arguments.beams;
   Sections sections{};
   sections.per_row = ceil_div(arguments.vocab, kSection);
-  const int64_t wanted = ceil_div<int64_t>(kBlocksPerProcessor * processors(logits.get_device_index()),
-                                           std::max<int64_t>(rows, 1));
-  sections.per_piece = ceil_div(sections.per_row, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(sections.per_row, 1)));
+  const int64_t wanted =
+      ceil_div<int64_t>(kBlocksPerProcessor * processors(logits.get_device_index()), std::max<int64_t>(rows, 1));
+  sections.per_piece =
+      ceil_div(sections.per_row, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(sections.per_row, 1)));
   sections.per_piece = std::max<int64_t>(sections.per_piece, 1);
   sections.pieces = std::max<int64_t>(ceil_div(sections.per_row, sections.per_piece), 1);
   sections.kept = std::min({arguments.k, arguments.vocab, sections.per_piece * kSection});
@@ -355,8 +355,8 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch, const Tensor& l
 
   // one allocation, the eight-byte members first
   const int64_t best_words = rows * sections.pieces * sections.kept, list_words = rows * sections.pieces * 2;
-  Tensor scratch = torch::stable::new_empty(logits, {best_words + list_words + rows * sections.per_row},
-                                            ScalarType::Long);
+  Tensor scratch =
+      torch::stable::new_empty(logits, {best_words + list_words + rows * sections.per_row}, ScalarType::Long);
   static_assert(sizeof(List) == 2 * sizeof(int64_t));
   auto* words = static_cast<int64_t*>(scratch.data_ptr());
   sections.best = reinterpret_cast<Candidate*>(words);
@@ -365,7 +365,8 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch, const Tensor& l
   sections.sums = sections.highest + rows * sections.per_row;
 
   if (sections.kept > 0 && rows > 0) {
-    const size_t shared = sizeof(Candidate) * (sections.kept + kSpare + kTile + std::max<int64_t>(sections.kept, kThreads));
+    const size_t shared =
+        sizeof(Candidate) * (sections.kept + kSpare + kTile + std::max<int64_t>(sections.kept, kThreads));
     constexpr int64_t kPack = 16 / sizeof(Logit);
     const bool aligned = reinterpret_cast<uintptr_t>(arguments.logits) % 16 == 0 &&
                          arguments.sentence_stride % kPack == 0 && arguments.beam_stride % kPack == 0;
@@ -379,9 +380,9 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch, const Tensor& l
 
 std::tuple<Tensor, Tensor, Tensor> beam_topk_cuda(const Tensor& logits, const Tensor& scores, int64_t k,
                                                   double temperature) {
-  return beam_topk_op<__half, __nv_bfloat16>(
-      logits, scores, k, temperature,
-      [&](const auto& arguments, int64_t batch) { beam_topk(arguments, batch, logits); });
+  return beam_topk_op<__half, __nv_bfloat16>(logits, scores, k, temperature, [&](const auto& arguments, int64_t batch) {
+    beam_topk(arguments, batch, logits);
+  });
 }
 
 }  // namespace
