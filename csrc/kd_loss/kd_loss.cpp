@@ -18,10 +18,14 @@ constexpr int64_t kWorkPerLogit = 16;  // simple operations of a sweep over it
 Dtype dtype_of(const Tensor& logits, const char* name) {
   check_dtype(logits, name, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
   switch (logits.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kHalf;
-    default: return Dtype::kDouble;
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      return Dtype::kDouble;
   }
 }
 
@@ -30,12 +34,14 @@ Tensor with_contiguous_rows(const Tensor& logits) {
 }
 
 Logits describe(const Tensor& logits, const char* name) {
-  return {logits.data_ptr(), dtype_of(logits, name), logits.size(1), logits.stride(0), logits.stride(1), logits.size(2)};
+  return {logits.data_ptr(), dtype_of(logits, name), logits.size(1),
+          logits.stride(0),  logits.stride(1),       logits.size(2)};
 }
 
 void check_labels(const int64_t* labels, const void* coefficient, bool is_double, int64_t rows, int64_t vocab_size) {
   for (int64_t n = 0; n < rows; ++n) {
-    const double factor = is_double ? static_cast<const double*>(coefficient)[n] : static_cast<const float*>(coefficient)[n];
+    const double factor =
+        is_double ? static_cast<const double*>(coefficient)[n] : static_cast<const float*>(coefficient)[n];
     CONDGEN_FAST_CHECK(factor == 0 || (labels[n] >= 0 && labels[n] < vocab_size), "labels must be in [0, ", vocab_size,
                        ") or ignore_index; got ", labels[n]);
   }
@@ -45,8 +51,10 @@ void check_ids(const int64_t* ids, int64_t rows, int64_t k, int64_t vocab_size) 
   parallel_for(rows, 4 * k, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> last_row(vocab_size, -1);  // that a token was listed in
     for (int64_t i = begin * k; i < end * k; ++i) {
-      CONDGEN_FAST_CHECK(ids[i] >= 0 && ids[i] < vocab_size, "teacher.ids must be in [0, ", vocab_size, "); got ", ids[i]);
-      CONDGEN_FAST_CHECK(last_row[ids[i]] != i / k, "teacher.ids must be distinct within a row; got ", ids[i], " twice");
+      CONDGEN_FAST_CHECK(ids[i] >= 0 && ids[i] < vocab_size, "teacher.ids must be in [0, ", vocab_size, "); got ",
+                         ids[i]);
+      CONDGEN_FAST_CHECK(last_row[ids[i]] != i / k, "teacher.ids must be distinct within a row; got ", ids[i],
+                         " twice");
       last_row[ids[i]] = i / k;
     }
   });
@@ -66,7 +74,8 @@ std::tuple<Tensor, Tensor> run(Arguments& arguments, const Tensor& student, cons
   check_dtype(coefficient, "coefficient", {is_double ? ScalarType::Double : ScalarType::Float});
   const Tensor factors = torch::stable::contiguous(coefficient);
   arguments.coefficient = factors.data_ptr();
-  CONDGEN_FAST_CHECK(labels.has_value() || arguments.options.hard == 0, "labels must be given unless hard is 0; got None");
+  CONDGEN_FAST_CHECK(labels.has_value() || arguments.options.hard == 0,
+                     "labels must be given unless hard is 0; got None");
   Tensor kept_labels;
   if (labels) {
     check_shape(*labels, "labels", {rows});
@@ -81,9 +90,8 @@ std::tuple<Tensor, Tensor> run(Arguments& arguments, const Tensor& student, cons
                                   : torch::stable::new_empty(student, {0});
   arguments.losses = losses.data_ptr();
   arguments.gradient = with_gradient ? gradient.data_ptr() : nullptr;
-  parallel_for(rows, kWorkPerLogit * width, [&](int64_t begin, int64_t end) {
-    CONDGEN_FAST_CPU_CALL(loss_of_rows, arguments, begin, end);
-  });
+  parallel_for(rows, kWorkPerLogit * width,
+               [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(loss_of_rows, arguments, begin, end); });
   return {losses, gradient};
 }
 
@@ -93,8 +101,14 @@ Arguments with_options(int64_t divergence, double hard, double soft, double temp
   CONDGEN_FAST_CHECK(temperature > 0, "temperature must be > 0; got ", temperature);
   CONDGEN_FAST_CHECK(teacher_temperature > 0, "teacher_temperature must be > 0; got ", teacher_temperature);
   Arguments arguments{};
-  arguments.options = {static_cast<Divergence>(divergence), hard, soft, temperature, teacher_temperature, jsd_beta,
-                       label_smoothing, z_loss};
+  arguments.options = {static_cast<Divergence>(divergence),
+                       hard,
+                       soft,
+                       temperature,
+                       teacher_temperature,
+                       jsd_beta,
+                       label_smoothing,
+                       z_loss};
   return arguments;
 }
 
@@ -103,8 +117,8 @@ std::tuple<Tensor, Tensor> kd_loss_dense_cpu(const Tensor& student, const std::o
                                              int64_t divergence, double hard, double soft, double temperature,
                                              double teacher_temperature, double jsd_beta, double label_smoothing,
                                              double z_loss, bool with_gradient) {
-  Arguments arguments = with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing,
-                                     z_loss);
+  Arguments arguments =
+      with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss);
   CONDGEN_FAST_CHECK(teacher.has_value() || soft == 0, "teacher must be given unless soft is 0; got None");
   Tensor kept;
   if (teacher) {
@@ -123,8 +137,8 @@ std::tuple<Tensor, Tensor> kd_loss_sparse_cpu(const Tensor& student, const Tenso
                                               const Tensor& coefficient, int64_t divergence, double hard, double soft,
                                               double temperature, double teacher_temperature, double jsd_beta,
                                               double label_smoothing, double z_loss, bool with_gradient) {
-  Arguments arguments = with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing,
-                                     z_loss);
+  Arguments arguments =
+      with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss);
   check_shape(student, "student", {-1, -1, -1});
   const int64_t rows = student.size(0) * student.size(1), k = ids.size(ids.dim() - 1);
   const ScalarType real = student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

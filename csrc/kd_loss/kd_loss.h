@@ -38,12 +38,12 @@ struct Arguments {
   Options options;
   int64_t rows;  // N
   // inputs
-  Logits student;           // [A, B, V]
-  Logits teacher;           // [A, B, V'] logits; data is null without
-  const int64_t* ids;       // [N, k], distinct in a row; null without a sparse teacher
-  const void* listed;       // [N, k] reals: probabilities of ids
-  int64_t listed_stride;    // of rows; 0: all share one
-  const void* floor;        // [N] reals: the probability of every other token
+  Logits student;         // [A, B, V]
+  Logits teacher;         // [A, B, V'] logits; data is null without
+  const int64_t* ids;     // [N, k], distinct in a row; null without a sparse teacher
+  const void* listed;     // [N, k] reals: probabilities of ids
+  int64_t listed_stride;  // of rows; 0: all share one
+  const void* floor;      // [N] reals: the probability of every other token
   int64_t k;
   const int64_t* labels;    // [N] or null
   const void* coefficient;  // [N] reals: factor of loss and gradient; rows with 0 are not read

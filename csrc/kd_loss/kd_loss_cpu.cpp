@@ -1,8 +1,9 @@
 // One row at a time, three or four sweeps over it while it stays in the core's cache: the highest logits; the sums of
-// exponentials and what the divergence adds up; for jsd and tvd, which need normalised probabilities, once more; the gradient.
+// exponentials and what the divergence adds up; for jsd and tvd, which need normalised probabilities, once more; the
+// gradient.
 //
-// In a sweep x = s - max s and z = x / T belong to the student, y = (t - max t) / T_t to the teacher. Everything is formed from
-// these differences: log-sum-exps of large logits would cancel.
+// In a sweep x = s - max s and z = x / T belong to the student, y = (t - max t) / T_t to the teacher. Everything is
+// formed from these differences: log-sum-exps of large logits would cancel.
 #include <algorithm>
 #include <vector>
 
@@ -52,7 +53,8 @@ struct Sums {
     }
   }
   void flush() {
-    for (int i = 0; i < kCount; ++i) total[i] += static_cast<double>(reduce_sum(wide[i])) + static_cast<double>(narrow[i]);
+    for (int i = 0; i < kCount; ++i)
+      total[i] += static_cast<double>(reduce_sum(wide[i])) + static_cast<double>(narrow[i]);
     clear();
   }
 };
@@ -79,7 +81,8 @@ Real highest(const T* x, int64_t count) {
   return found;
 }
 
-// The teacher of a row: exponents y = (logits - shift) * inverse_temperature of probabilities exp(y + log_scale), 0 from width on.
+// The teacher of a row: exponents y = (logits - shift) * inverse_temperature of probabilities exp(y + log_scale), 0
+// from width on.
 template <class T>
 struct Teacher {
   const T* logits = nullptr;
@@ -121,8 +124,8 @@ class Row {
     return total(divergence);
   }
 
-  // The loss against k listed probabilities and a floor, for cross_entropy and forward_kl: the floor's part follows from sums.
-  // False: it does not, as the student has -inf where the floor is.
+  // The loss against k listed probabilities and a floor, for cross_entropy and forward_kl: the floor's part follows
+  // from sums. False: it does not, as the student has -inf where the floor is.
   bool listed_loss(const int64_t* ids, const Real* listed, int64_t k, Real floor, double& result) {
     Teacher<float> nothing;
     sums<Divergence::kCrossEntropy>(nothing, false);
@@ -251,7 +254,8 @@ class Row {
   template <Divergence kDivergence, class T, class Body>
   void over_teacher(const Teacher<T>& teacher, int64_t begin, int64_t end, const Body& body) {
     const Real inverse = 1 / options.temperature, inverse_teacher = teacher.inverse_temperature;
-    const Real student_shift = shift, student_log = log_sum, teacher_shift = teacher.shift, teacher_log = teacher.log_scale;
+    const Real student_shift = shift, student_log = log_sum, teacher_shift = teacher.shift,
+               teacher_log = teacher.log_scale;
     const Real beta = options.jsd_beta;
     auto step = [&](auto v, int64_t i, auto log_q) {
       using V = decltype(v);
@@ -315,7 +319,8 @@ class Row {
     const Real student_log = log_sum, hard_log = log_sum_hard, teacher_log = teacher.log_scale;
     const bool hard = options.hard > 0, same = options.temperature == 1, square = options.temperature == 2;
     const Real p_scale = scale * teacher.mass, floor_scale = scale * floor;
-    const Real square_scale = hard_scale * std::exp(2 * log_sum - log_sum_hard);  // softmax(s) = square_scale * p ** 2 at T = 2
+    const Real square_scale =
+        hard_scale * std::exp(2 * log_sum - log_sum_hard);  // softmax(s) = square_scale * p ** 2 at T = 2
     auto student = [&](auto v, int64_t i) {
       using V = decltype(v);
       const V x = load<V>(logits + i) - V(student_shift);
@@ -330,9 +335,8 @@ class Row {
       const V y = (load<V>(teacher.logits + i) - V(teacher_shift)) * V(inverse_teacher);
       store(gradient + i, student(v, i) - V(scale) * exp(y + V(teacher_log)));
     });
-    sweep<Real>(teacher.width, width, [&](auto v, int64_t i) {
-      store(gradient + i, student(v, i) - decltype(v)(floor_scale));
-    });
+    sweep<Real>(teacher.width, width,
+                [&](auto v, int64_t i) { store(gradient + i, student(v, i) - decltype(v)(floor_scale)); });
   }
 
   // The label's entry once more, from doubles: rounded to the gradient's type only when it is complete.
@@ -343,7 +347,8 @@ class Row {
       if constexpr (kDivergence == Divergence::kCrossEntropy || kDivergence == Divergence::kForwardKl) {
         double q = floor;
         if (label < teacher.width) {
-          q = std::exp((load<Real>(teacher.logits + label) - teacher.shift) * teacher.inverse_temperature + teacher.log_scale);
+          q = std::exp((load<Real>(teacher.logits + label) - teacher.shift) * teacher.inverse_temperature +
+                       teacher.log_scale);
         }
         soft = soft_scale() * (probability(label) * teacher.mass - q);
       } else {
@@ -365,7 +370,8 @@ class Row {
     double g = soft;
     if (options.hard > 0) {
       const double x = load<Real>(logits + i) - shift;
-      g += hard_factor() * std::exp(x - log_sum_hard) - options.hard * options.label_smoothing / static_cast<double>(width);
+      g += hard_factor() * std::exp(x - log_sum_hard) -
+           options.hard * options.label_smoothing / static_cast<double>(width);
       if (i == label) g -= options.hard * (1 - options.label_smoothing);
     }
     store(gradient + i, static_cast<Real>(coefficient * g));
@@ -403,11 +409,16 @@ class Row {
 template <class Real, class S, class T>
 double dense_loss(Row<Real, S>& row, const Teacher<T>& teacher, bool normalise, Divergence divergence) {
   switch (divergence) {
-    case Divergence::kCrossEntropy: return row.template loss<Divergence::kCrossEntropy>(teacher, normalise);
-    case Divergence::kForwardKl: return row.template loss<Divergence::kForwardKl>(teacher, normalise);
-    case Divergence::kReverseKl: return row.template loss<Divergence::kReverseKl>(teacher, normalise);
-    case Divergence::kJsd: return row.template loss<Divergence::kJsd>(teacher, normalise);
-    default: return row.template loss<Divergence::kTvd>(teacher, normalise);
+    case Divergence::kCrossEntropy:
+      return row.template loss<Divergence::kCrossEntropy>(teacher, normalise);
+    case Divergence::kForwardKl:
+      return row.template loss<Divergence::kForwardKl>(teacher, normalise);
+    case Divergence::kReverseKl:
+      return row.template loss<Divergence::kReverseKl>(teacher, normalise);
+    case Divergence::kJsd:
+      return row.template loss<Divergence::kJsd>(teacher, normalise);
+    default:
+      return row.template loss<Divergence::kTvd>(teacher, normalise);
   }
 }
 
@@ -429,7 +440,8 @@ double loss_of_row(const Arguments& arguments, int64_t n, std::vector<Real>& scr
     const Real* listed = static_cast<const Real*>(arguments.listed) + n * arguments.listed_stride;
     const Real floor = static_cast<const Real*>(arguments.floor)[n];
     double loss;
-    const bool forward = options.divergence == Divergence::kCrossEntropy || options.divergence == Divergence::kForwardKl;
+    const bool forward =
+        options.divergence == Divergence::kCrossEntropy || options.divergence == Divergence::kForwardKl;
     if (forward && row.listed_loss(ids, listed, arguments.k, floor, loss)) return loss;
     scratch.assign(width, std::log(floor));
     for (int64_t j = 0; j < arguments.k; ++j) scratch[ids[j]] = std::log(listed[j]);
@@ -480,10 +492,14 @@ void loss_of_rows_of(const Arguments& arguments, int64_t begin, int64_t end) {
 
 void loss_of_rows(const Arguments& arguments, int64_t begin, int64_t end) {
   switch (arguments.student.dtype) {
-    case Dtype::kFloat: return loss_of_rows_of<float, float>(arguments, begin, end);
-    case Dtype::kBFloat16: return loss_of_rows_of<float, simd::BFloat16>(arguments, begin, end);
-    case Dtype::kHalf: return loss_of_rows_of<float, simd::Half>(arguments, begin, end);
-    case Dtype::kDouble: return loss_of_rows_of<double, double>(arguments, begin, end);
+    case Dtype::kFloat:
+      return loss_of_rows_of<float, float>(arguments, begin, end);
+    case Dtype::kBFloat16:
+      return loss_of_rows_of<float, simd::BFloat16>(arguments, begin, end);
+    case Dtype::kHalf:
+      return loss_of_rows_of<float, simd::Half>(arguments, begin, end);
+    case Dtype::kDouble:
+      return loss_of_rows_of<double, double>(arguments, begin, end);
   }
 }
 

@@ -1,5 +1,5 @@
-// What the kernel says about a vector of floats (common/simd.h), said about one float or one double as well: the end of a
-// row that fills no vector, and float64. Its text is then the same for all three.
+// What the kernel says about a vector of floats (common/simd.h), said about one float or one double as well: the end of
+// a row that fills no vector, and float64. Its text is then the same for all three.
 #pragma once
 
 #include <cmath>

@@ -1,8 +1,11 @@
-"""kd_loss and linear_kd_loss against the reference in float64, for every option, dtype, kind of teacher and implementation."""
+"""kd_loss and linear_kd_loss against the reference in float64, for every option, dtype, kind of teacher and
+implementation."""
 
 from __future__ import annotations
 
 import math
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ from condgen_fast.ops.kd_loss.op import DIVERGENCES
 IMPLS = ["auto", "triton"]
 TEACHERS = ["dense", "wide", "narrow", "drop", "uniform", "renormalise", "prior", "prior_rows"]
 SPARSE = TEACHERS[3:]
-# Between a float32 result and the reference in float64, relative to the largest value; for the narrow dtypes half a unit in the
-# last place of the gradient is added.
+# Between a float32 result and the reference in float64, relative to the largest value; for the narrow dtypes half a
+# unit in the last place of the gradient is added.
 SLACK = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 OPTIONS = {
@@ -93,9 +96,12 @@ def check(student, teacher, labels, impl, **options):
     assert loss.shape == wanted_loss.shape and gradient.shape == student.shape
     assert_close("loss", loss, wanted_loss, SLACK[dtype])
     error = (gradient.double() - wanted_gradient).abs()
-    # float16's smallest step is 2 ** -24
+    # Rounded once as it is written and once as it is scaled by the cotangent; float16's smallest step is 2 ** -24.
+    # The interpreter of Triton cuts bfloat16 off where the GPU rounds.
+    roundings = 3 if impl == "triton" and student.device.type == "cpu" else 2
     allowed = SLACK[dtype] * max(1.0, wanted_gradient.abs().max().item() if error.numel() else 0.0) + 2**-25
-    assert bool((error <= allowed + 2 * ROUNDING[dtype] * wanted_gradient.abs()).all()), f"gradient off by {error.max():.3g}"
+    allowed = allowed + roundings * ROUNDING[dtype] * wanted_gradient.abs()
+    assert bool((error <= allowed).all()), f"gradient off by {error.max():.3g}"
     return loss, gradient
 
 
@@ -129,13 +135,23 @@ def test_triton_over_several_blocks(divergence, device, monkeypatch):
 
     monkeypatch.setattr(triton_kernel, "LARGEST_BLOCK", 32)
     student, teacher = torch.randn(3, 150, device=device) * 3, torch.randn(3, 150, device=device) * 3
-    student[0], teacher[1] = student[0].sort().values, teacher[1].sort().values  # the highest logit moves with every block
+    student[0], teacher[1] = (
+        student[0].sort().values,
+        teacher[1].sort().values,
+    )  # the highest logit moves with every block
     student[2, :40] = teacher[2, :70] = -math.inf  # blocks without a finite logit
     options = dict(divergence=divergence, temperature=2.0)
     if divergence == "reverse_kl":
         student[2, :70] = -math.inf
     check(student, teacher, torch.tensor([0, 75, 149], device=device), "triton", **options)
-    check(student[:2] - 500, teacher[:2] + 500, torch.tensor([0, 75], device=device), "triton", label_smoothing=0.1, **options)
+    check(
+        student[:2] - 500,
+        teacher[:2] + 500,
+        torch.tensor([0, 75], device=device),
+        "triton",
+        label_smoothing=0.1,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -216,7 +232,9 @@ def test_every_option_matters(change, impl, device):
 
     loss, gradient = run(**base)
     other_loss, other_gradient = run(**{**base, **change})
-    assert (loss - other_loss).abs() > 1e-4 and (gradient - other_gradient).abs().max() > 1e-4
+    assert (loss - other_loss).abs() > 1e-4
+    if change != {"divergence": "cross_entropy"}:  # whose gradient is that of forward_kl
+        assert (gradient - other_gradient).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -294,8 +312,10 @@ def test_infinite_divergences(impl, device):
     assert kd_loss(finite, half[:, :2], alpha=1.0, divergence="reverse_kl", impl=impl).item() == math.inf
     drop = TopK(torch.tensor([[0, 1]], device=device), torch.full((1, 2), math.log(0.5), device=device))
     assert kd_loss(finite, drop, alpha=1.0, divergence="reverse_kl").item() == math.inf
-    uniform = TopK(drop.ids, drop.log_probs, "uniform")
-    assert kd_loss(half, uniform, alpha=1.0).item() == pytest.approx(0, abs=1e-6)
+    assert kd_loss(half, drop, alpha=1.0).item() == pytest.approx(0, abs=1e-6)
+    uniform = TopK(drop.ids, drop.log_probs - 1, "uniform")
+    assert kd_loss(half, uniform, alpha=1.0).item() == math.inf
+    assert math.isfinite(kd_loss(finite, uniform, alpha=1.0, divergence="reverse_kl"))
     smoothed = kd_loss(half, None, torch.tensor([0], device=device), alpha=0.0, label_smoothing=0.1, impl=impl)
     assert smoothed.item() == math.inf  # as torch
 
@@ -343,7 +363,9 @@ def test_teacher_kinds_agree(device):
     for temperature in (0.7, 1.0, 3.0):
         dense = kd_loss(student, teacher, alpha=1.0, temperature=temperature)
         for tail in ("drop", "uniform", "renormalise"):
-            torch.testing.assert_close(kd_loss(student, TopK(ids, log_probs, tail), alpha=1.0, temperature=temperature), dense)
+            torch.testing.assert_close(
+                kd_loss(student, TopK(ids, log_probs, tail), alpha=1.0, temperature=temperature), dense
+            )
     labels = torch.randint(0, 12, (5,), device=device)
     identity = torch.arange(12, device=device)[:, None]
     prior = LabelPrior(identity, torch.tensor([0.9 + 0.1 / 12], device=device), 0.1 / 12)
@@ -355,11 +377,13 @@ def test_teacher_kinds_agree(device):
 
 def test_d2gpo_golden_prior(device):
     """METHODS 8: V = 10, Gaussian of the rank, softmax at T = 2."""
-    density = torch.exp(-torch.arange(10.0) ** 2 / 2) / math.sqrt(2 * math.pi)
+    density = torch.exp(-(torch.arange(10.0) ** 2) / 2) / math.sqrt(2 * math.pi)
     ids = torch.stack([torch.arange(10).roll(y) for y in range(10)]).to(device)
     prior = LabelPrior(ids, torch.exp(density / 2).to(device), 0.0)
     log_p = torch.randn(10, 10, device=device).log_softmax(-1)
-    got = kd_loss(log_p, prior, torch.arange(10, device=device), alpha=1.0, divergence="cross_entropy", reduction="none")
+    got = kd_loss(
+        log_p, prior, torch.arange(10, device=device), alpha=1.0, divergence="cross_entropy", reduction="none"
+    )
     q = torch.tensor([0.117618, 0.108739, 0.098985, 0.096562, 0.096355] + [0.096348] * 5, device=device)
     wanted = -(q * log_p.gather(1, ids)).sum(-1)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
@@ -374,9 +398,12 @@ def test_gradcheck(kind, device):
     for divergence in DIVERGENCES:
         if divergence == "reverse_kl" and kind not in ("dense", "wide", "uniform", "prior"):
             continue
-        options = dict(divergence=divergence, temperature=1.3, label_smoothing=0.1, z_loss=0.1, jsd_beta=0.3, weights=weights)
-        assert torch.autograd.gradcheck(lambda s: kd_loss(s, teacher, labels, **options), student)  # noqa: B023
-        assert torch.autograd.gradcheck(lambda s: kd_loss(s, teacher, labels, reduction="none", **options), student)  # noqa: B023
+        options = dict(
+            divergence=divergence, temperature=1.3, label_smoothing=0.1, z_loss=0.1, jsd_beta=0.3, weights=weights
+        )
+        for reduction in ("mean", "none"):
+            loss = partial(kd_loss, teacher=teacher, labels=labels, reduction=reduction, **options)
+            assert torch.autograd.gradcheck(loss, student)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -455,10 +482,18 @@ def test_refusals(impl, device):
     refuse(ValueError, "z_loss must be >= 0", s, s, labels, z_loss=-1)
     refuse(ValueError, r"jsd_beta must be in \(0, 1\); got 1", s, s, labels, divergence="jsd", jsd_beta=1)
     refuse(ValueError, "divergence must be 'cross_entropy', .* or 'tvd'; got 'kl'", s, s, labels, divergence="kl")
-    refuse(ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'batchmean'", s, s, labels, reduction="batchmean")
+    refuse(
+        ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'batchmean'", s, s, labels, reduction="batchmean"
+    )
     refuse(ValueError, "impl must be 'auto', 'reference' or 'triton'; got 'cuda'", s, s, labels, impl="cuda")
     refuse(TypeError, "ignore_index must be an int", s, s, labels, ignore_index=None)
-    refuse(ValueError, r"teacher.ids must have shape \[2, k\]; got \[1, 2\]", s, TopK(top.ids[:1], top.log_probs[:1]), labels)
+    refuse(
+        ValueError,
+        r"teacher.ids must have shape \[2, k\]; got \[1, 2\]",
+        s,
+        TopK(top.ids[:1], top.log_probs[:1]),
+        labels,
+    )
     prior = LabelPrior(torch.arange(4, device=device)[:, None], torch.ones(1, device=device))
     refuse(ValueError, "teacher.ids must have 5 rows, one a label; got 4", s, prior, labels)
     if device == "cpu":
@@ -470,7 +505,9 @@ def test_refusals(impl, device):
     elif device == "cpu":
         refuse(ValueError, r"teacher.ids must be in \[0, 5\); got 5", s, TopK(top.ids + 2, top.log_probs), labels)
         twice = torch.tensor([[0, 1], [3, 3]])
-        refuse(ValueError, "teacher.ids must be distinct within a row; got 3 twice", s, TopK(twice, top.log_probs), labels)
+        refuse(
+            ValueError, "teacher.ids must be distinct within a row; got 3 twice", s, TopK(twice, top.log_probs), labels
+        )
 
 
 def test_refusals_of_teachers():
@@ -511,7 +548,14 @@ def test_opcheck(op, device):
     if op == "kd_loss_dense":
         arguments = (student, torch.randn(1, 3, 6), labels, coefficient, *options)
     else:
-        arguments = (student, torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.4), torch.full((3,), 0.05), labels, coefficient)
+        arguments = (
+            student,
+            torch.tensor([[0, 1]] * 3),
+            torch.full((3, 2), 0.4),
+            torch.full((3,), 0.05),
+            labels,
+            coefficient,
+        )
         arguments += options
     torch.library.opcheck(getattr(torch.ops.condgen_fast, op).default, arguments)
 
@@ -546,7 +590,9 @@ def linear_inputs(dtype, device, rows=7, width=6, vocab_size=30):
 def linear_loss_and_gradients(inputs, labels, **options):
     inputs = {name: value.detach().requires_grad_() for name, value in inputs.items() if value is not None}
     loss = linear_kd_loss(labels=labels, **inputs, **options)
-    (loss * torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)).sum().backward()
+    (
+        loss * torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
+    ).sum().backward()
     return loss.detach(), {name: value.grad for name, value in inputs.items()}
 
 
@@ -641,9 +687,15 @@ def test_linear_refusals(device):
             linear_kd_loss(**{**inputs, "labels": labels, **changes})
 
     refuse(TypeError, "student_hidden must be a Tensor; got NoneType", student_hidden=None)
-    refuse(ValueError, r"student_weight must have shape \[V, D\] with D=6; got \[30, 5\]", student_weight=torch.ones(30, 5))
+    refuse(
+        ValueError, r"student_weight must have shape \[V, D\] with D=6; got \[30, 5\]", student_weight=torch.ones(30, 5)
+    )
     refuse(ValueError, "student_bias must have shape", student_bias=torch.ones(3, device=device))
-    refuse(ValueError, r"teacher_hidden must have shape \[7, E\]; got \[3, 9\]", teacher_hidden=torch.ones(3, 9, device=device))
+    refuse(
+        ValueError,
+        r"teacher_hidden must have shape \[7, E\]; got \[3, 9\]",
+        teacher_hidden=torch.ones(3, 9, device=device),
+    )
     refuse(TypeError, "teacher_weight must be a Tensor; got NoneType", teacher_weight=None)
     refuse(ValueError, "teacher_hidden must be given unless alpha is 0", teacher_hidden=None)
     refuse(ValueError, "labels must be given", labels=None)
@@ -654,6 +706,7 @@ def test_logits_are_never_whole(device, monkeypatch):
     """No chunk has more rows than asked for."""
     seen = []
     op = autograd.kd_loss_dense
-    monkeypatch.setattr("condgen_fast.ops.kd_loss.linear.kd_loss_dense", lambda s, *rest: seen.append(s.shape[1]) or op(s, *rest))
+    linear = sys.modules["condgen_fast.ops.kd_loss.linear"]
+    monkeypatch.setattr(linear, "kd_loss_dense", lambda s, *rest: seen.append(s.shape[1]) or op(s, *rest))
     linear_kd_loss(alpha=1.0, chunk_rows=2, **linear_inputs(torch.float32, device))
     assert seen == [2, 2, 2, 1] or device != "cpu"

@@ -19,7 +19,13 @@ def kd_loss_dense(student: Tensor, teacher: Tensor | None, labels: Tensor | None
 
 
 def kd_loss_sparse(
-    student: Tensor, ids: Tensor, probabilities: Tensor, floor: Tensor, labels: Tensor | None, coefficient: Tensor, *options
+    student: Tensor,
+    ids: Tensor,
+    probabilities: Tensor,
+    floor: Tensor,
+    labels: Tensor | None,
+    coefficient: Tensor,
+    *options,
 ):
     """The same against k listed probabilities [N, k] and that of all other tokens [N]."""
     return torch.ops.condgen_fast.kd_loss_sparse(student, ids, probabilities, floor, labels, coefficient, *options)

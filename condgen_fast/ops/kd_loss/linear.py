@@ -39,8 +39,9 @@ def linear_kd_loss(
 ) -> Tensor:
     """``kd_loss`` of ``hidden @ weight.T + bias`` on both sides, without ever holding the logits of all rows.
 
-    The gradients of student hidden states, weight and bias are computed with the loss, chunk by chunk (for reduction "none" and
-    float16 in the backward pass, which computes the logits again). Logits are float32 (float64) whatever the inputs' dtype.
+    The gradients of student hidden states, weight and bias are computed with the loss, chunk by chunk (for reduction
+    "none" and float16 in the backward pass, which computes the logits again). Logits are float32 (float64) whatever the
+    inputs' dtype.
 
     Args:
         student_hidden: [..., D] float32, bfloat16, float16 or float64.
@@ -52,14 +53,15 @@ def linear_kd_loss(
 
     Returns, raises: as ``kd_loss``.
 
-    Memory: O(chunk_rows * (V + V')) beyond the inputs and their gradients; inputs narrower than float32 are widened on the CPU.
+    Memory: O(chunk_rows * (V + V')) beyond the inputs and their gradients; inputs narrower than float32 are widened on
+        the CPU.
 
     Equivalent to: ``kd_loss(F.linear(student_hidden, student_weight, student_bias),
     F.linear(teacher_hidden, teacher_weight, teacher_bias), labels, ...)``.
     """
     options = check_options(
-        alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing, z_loss,
-        ignore_index, reduction, impl,
+        alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing,
+        z_loss, ignore_index, reduction, impl,
     )  # fmt: skip
     device = getattr(student_hidden, "device", None)
     vocab_size = _check_side(student_hidden, student_weight, student_bias, "student", device)
@@ -86,7 +88,8 @@ def linear_kd_loss(
             student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
             teacher_bias=teacher_bias, alpha=alpha, temperature=temperature, teacher_temperature=teacher_temperature,
             scale_by_temperature_squared=scale_by_temperature_squared, divergence=divergence, jsd_beta=jsd_beta,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, weights=weights, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, weights=weights,
+            reduction=reduction,
         )  # fmt: skip
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
     labels, coefficient = row_coefficients(labels, weights, ignore_index, reduction, student_hidden, dtype)
@@ -159,6 +162,8 @@ def _linear_kd_loss(
             losses[chunk], gradient = op(
                 student, teacher, None if labels is None else labels[chunk], coefficient[chunk], *options
             )
+            if not options[-1]:
+                continue
             gradient = gradient[0]
             if needs_bias:
                 d_bias += gradient.sum(0)
@@ -216,9 +221,9 @@ def _backward(ctx, grad_losses, *_):
 
 torch.library.define(
     "condgen_fast::linear_kd_loss",
-    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
-    "Tensor? teacher_bias, Tensor? labels, Tensor coefficient, bool[] needs, bool uniform, int chunk_rows, bool triton, "
-    f"{OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, Tensor coefficient, bool[] needs, bool uniform, "
+    f"int chunk_rows, bool triton, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("condgen_fast::linear_kd_loss", ("cpu", "cuda"), _linear_kd_loss)
 torch.library.register_fake("condgen_fast::linear_kd_loss", _fake)

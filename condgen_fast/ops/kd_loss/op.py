@@ -58,25 +58,26 @@ def kd_loss(
 ) -> Tensor:
     """Interpolate the loss on labels with the divergence from a teacher, row by row of student logits.
 
-    ``loss = (1 - alpha) * NLL(student, labels) + alpha * temperature**2 * D(q, p)``: word-level distillation (Kim and Rush
-    2016, arXiv:1606.07947) with the scaling of Hinton et al. (2015, arXiv:1503.02531, section 2). p is the student at
-    ``temperature`` and q the teacher at ``teacher_temperature``; gradients flow to the student only and are computed
+    ``loss = (1 - alpha) * NLL(student, labels) + alpha * temperature**2 * D(q, p)``: word-level distillation (Kim and
+    Rush 2016, arXiv:1606.07947) with the scaling of Hinton et al. (2015, arXiv:1503.02531, section 2). p is the student
+    at ``temperature`` and q the teacher at ``teacher_temperature``; gradients flow to the student only and are computed
     together with the loss.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16, on the CPU and in the reference also float64. Rows may be
             strided. A row of -inf alone has p = 0 and gets no gradient.
-        teacher: logits [..., V'], any floating dtype, with -inf beyond the shorter of V and V' (a wider teacher is cut and
-            renormalised); or TopK, or LabelPrior, which say where their mass lies. None is allowed at ``alpha = 0``, where
-            the teacher is not read.
+        teacher: logits [..., V'], any floating dtype, with -inf beyond the shorter of V and V' (a wider teacher is cut
+            and renormalised); or TopK, or LabelPrior, which say where their mass lies. None is allowed at
+            ``alpha = 0``, where the teacher is not read.
         labels: [...] int64 or int32. May be missing at ``alpha = 1`` without a LabelPrior: then every row counts.
         alpha: weight of the divergence, in [0, 1]; at either end the other term is not computed.
         temperature: of the student, and of the teacher where ``teacher_temperature`` is None; > 0. The NLL has none.
         teacher_temperature: q is proportional to the teacher's probabilities to the power 1 / teacher_temperature,
             whichever kind of teacher it is.
         scale_by_temperature_squared: whether ``alpha`` is multiplied by ``temperature**2``.
-        divergence: "cross_entropy" -sum q log p; "forward_kl" KL(q || p); "reverse_kl" KL(p || q); "jsd" jsd_beta * KL(q || m)
-            + (1 - jsd_beta) * KL(p || m) with m = jsd_beta * q + (1 - jsd_beta) * p; "tvd" sum |p - q| / 2. 0 log 0 is 0.
+        divergence: "cross_entropy" -sum q log p; "forward_kl" KL(q || p); "reverse_kl" KL(p || q); "jsd" jsd_beta *
+            KL(q || m) + (1 - jsd_beta) * KL(p || m) with m = jsd_beta * q + (1 - jsd_beta) * p; "tvd" sum |p - q| / 2.
+            0 log 0 is 0.
         jsd_beta: in (0, 1); the limits are "forward_kl" and "reverse_kl" after division by it.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         z_loss: the NLL carries ``z_loss * logsumexp(student_logits)**2``.
@@ -90,19 +91,19 @@ def kd_loss(
         float32 (float64 for float64 logits): a scalar, or [...] for "none".
 
     Raises:
-        ValueError: a shape, dtype, device, number or choice does not fit; on the CPU also a label out of range and ids out
-            of range or twice in a row of a TopK. On a GPU, and inside torch.compile, the loss of such a label's row is NaN.
+        ValueError: a shape, dtype, device, number or choice does not fit; on the CPU also a label out of range and ids
+            out of range or twice in a row of a TopK. On a GPU the loss of a row with such a label is NaN.
         TypeError: an argument of a wrong type.
 
-    Memory: the gradient and O(N) beyond the inputs (TopK and LabelPrior: O(N k)). There is no second derivative except in
-    the reference.
+    Memory: the gradient and O(N) beyond the inputs (TopK and LabelPrior: O(N k)). The inputs are kept for a second
+    backward pass. Only the reference has a second derivative.
 
     Equivalent to: ``(1 - alpha) * F.cross_entropy(s, labels) + alpha * T**2 * F.kl_div(log_softmax(s / T),
     log_softmax(t / T), log_target=True, reduction="batchmean")`` for logits s, t [N, V] without ignored labels.
     """
     options = check_options(
-        alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing, z_loss,
-        ignore_index, reduction, impl,
+        alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing,
+        z_loss, ignore_index, reduction, impl,
     )  # fmt: skip
     vocab_size = check_tensor(student_logits, "student_logits", shape="... V", dtypes=FLOAT_DTYPES)["V"]
     if vocab_size == 0:
@@ -114,10 +115,13 @@ def kd_loss(
         teacher = None
     impl = choose_impl(impl, student_logits, teacher)
     if impl == "reference":
+        if isinstance(teacher, TopK) and teacher.ids.device.type == "cpu":  # the compiled op looks for itself
+            check_listed_ids(teacher.ids, "teacher.ids", vocab_size)
         return reference.kd_loss(
-            student_logits, teacher, labels, alpha=alpha, temperature=temperature, teacher_temperature=teacher_temperature,
-            scale_by_temperature_squared=scale_by_temperature_squared, divergence=divergence, jsd_beta=jsd_beta,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, weights=weights, reduction=reduction,
+            student_logits, teacher, labels, alpha=alpha, temperature=temperature,
+            teacher_temperature=teacher_temperature, scale_by_temperature_squared=scale_by_temperature_squared,
+            divergence=divergence, jsd_beta=jsd_beta, label_smoothing=label_smoothing, z_loss=z_loss,
+            ignore_index=ignore_index, weights=weights, reduction=reduction,
         )  # fmt: skip
 
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
@@ -133,9 +137,7 @@ def row_losses(student: Tensor, teacher, labels: Tensor | None, coefficient: Ten
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     student = as_rows(student)
     if isinstance(teacher, (TopK, LabelPrior)):
-        listed = listed_distribution(
-            teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype
-        )
+        listed = listed_distribution(teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype)
         return kd_loss_sparse(student, *listed, labels, coefficient, *options, with_gradient)[0]
     if teacher is not None:
         if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
@@ -157,7 +159,7 @@ def as_rows(logits: Tensor) -> Tensor:
 def row_coefficients(
     labels: Tensor | None, weights: Tensor | None, ignore_index: int, reduction: str, logits: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """Labels [N] as int64, and the factor [N] of every row: its weight over the divisor, 0 where it counts for nothing."""
+    """Labels [N] as int64, and the factor [N] of every row: weight over divisor, 0 where it counts for nothing."""
     rows = logits.shape[:-1].numel()
     if labels is None:
         coefficient = torch.ones(rows, dtype=dtype, device=logits.device)
@@ -192,8 +194,8 @@ def choose_impl(impl: str, student: Tensor, teacher) -> str:
 
 
 def check_options(
-    alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing, z_loss,
-    ignore_index, reduction, impl,
+    alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing,
+    z_loss, ignore_index, reduction, impl,
 ) -> KernelOptions:  # fmt: skip
     """Check everything that is not a tensor."""
     check_choice(impl, "impl", IMPLS)
@@ -221,7 +223,9 @@ def check_options(
     )
 
 
-def check_rows(labels, weights, rows_shape: torch.Size, vocab_size: int, ignore_index: int, device: torch.device) -> None:
+def check_rows(
+    labels, weights, rows_shape: torch.Size, vocab_size: int, ignore_index: int, device: torch.device
+) -> None:
     """Check what has one entry a row: labels and weights."""
     if labels is not None:
         check_tensor(labels, "labels", shape="...", dtypes=ID_DTYPES, device=device)
@@ -259,8 +263,6 @@ def check_teacher(
             expected = [*rows_shape, "k"]
             raise ValueError(f"teacher.ids must have shape {expected}; got {list(teacher.ids.shape)}".replace("'", ""))
         check_same_device(teacher.ids, "teacher.ids", device)
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            check_listed_ids(teacher.ids, "teacher.ids", vocab_size)
     elif isinstance(teacher, Tensor):
         check_tensor(teacher, "teacher", shape="... V", dtypes=FLOAT_DTYPES, device=device)
         if teacher.shape[:-1] != rows_shape or teacher.shape[-1] == 0:

@@ -16,7 +16,9 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return log_probs.masked_fill(dead, -torch.inf)
 
 
-def teacher_log_probs(teacher, labels: Tensor | None, vocab_size: int, temperature: float, dtype: torch.dtype) -> Tensor:
+def teacher_log_probs(
+    teacher, labels: Tensor | None, vocab_size: int, temperature: float, dtype: torch.dtype
+) -> Tensor:
     """Log-probabilities [N, V] of the teacher at its temperature."""
     if isinstance(teacher, Tensor):
         logits = teacher.reshape(-1, teacher.shape[-1])[:, :vocab_size].to(dtype)

@@ -26,8 +26,8 @@ class TopK:
     - "uniform": every token that is not listed gets ``rest / (V - k)``.
     - "renormalise": the listed probabilities are divided by their sum, all others are 0.
 
-    With all V tokens listed the three agree with the dense teacher, at every temperature. Where the teacher is 0 and the
-    student is not, ``reverse_kl`` is infinite: it wants "uniform". ``jsd`` and ``tvd`` are finite with each.
+    With all V tokens listed the three agree with the dense teacher, at every temperature. Where the teacher is 0 and
+    the student is not, ``reverse_kl`` is infinite: it wants "uniform". ``jsd`` and ``tvd`` are finite with each.
 
     Args:
         ids: [..., k] int64 or int32, distinct within a row.
@@ -55,9 +55,9 @@ class LabelPrior:
     """A teacher that depends on the label alone: row ``labels[n]`` of a table of V distributions.
 
     Token ``ids[y, r]`` has the probability ``weights[r]`` (or ``weights[y, r]``) given label y, every token that is not
-    listed has ``floor``; they are divided by their sum, so any positive scale will do. This is the data-dependent Gaussian
-    prior of D2GPo (Li et al. 2020, arXiv:2007.04820) without its V x V matrix, and, with ``ids = arange(V)[:, None]``,
-    ``weights = [1 - eps + eps / V]`` and ``floor = eps / V``, label smoothing.
+    listed has ``floor``; they are divided by their sum, so any positive scale will do. This is the data-dependent
+    Gaussian prior of D2GPo (Li et al. 2020, arXiv:2007.04820) without its V x V matrix. With
+    ``ids = arange(V)[:, None]``, ``weights = [1 - eps + eps / V]`` and ``floor = eps / V`` it is label smoothing.
 
     Args:
         ids: [V, k] int64 or int32, distinct within a row.
@@ -65,8 +65,8 @@ class LabelPrior:
         floor: probability of a token that is not listed, not negative.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a negative weight or floor, no mass at all; on the CPU also ids out of range or
-            twice in a row.
+        ValueError: shapes or dtypes do not fit, a negative weight or floor, no mass at all; on the CPU also ids out of
+            range or twice in a row.
     """
 
     ids: Tensor  # [V, k]
@@ -109,8 +109,8 @@ def listed_distribution(
     if isinstance(teacher, LabelPrior):
         safe = labels.clamp(0, vocab_size - 1)
         ids = teacher.ids[safe]
-        listed = teacher.weights.double().log() if teacher.weights.dim() == 1 else teacher.weights[safe].double().log()
-        floor = torch.full((), teacher.floor, dtype=torch.float64, device=ids.device).log()[None]
+        listed = (teacher.weights if teacher.weights.dim() == 1 else teacher.weights[safe]).double().log()
+        floor = torch.full_like(listed[..., :1], teacher.floor).log()
         others = vocab_size - ids.shape[-1]
         tail = "uniform" if others else "renormalise"
     else:

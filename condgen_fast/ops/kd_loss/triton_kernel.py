@@ -1,4 +1,5 @@
-"""Triton kernel of kd_loss for a teacher of logits: one program a row, the sums online, the gradient in the same launch."""
+"""Triton kernel of kd_loss for a teacher of logits: one program a row, the sums online, the gradient in the same
+launch."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 CROSS_ENTROPY, FORWARD_KL, REVERSE_KL, JSD, TVD = (tl.constexpr(i) for i in range(5))  # DIVERGENCES of op.py
-LARGEST_BLOCK = 4096
+LARGEST_BLOCK = 2048
 
 
 @triton.jit
@@ -65,11 +66,10 @@ def _kd_loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(coefficient + row)
     columns = tl.arange(0, BLOCK)
-    if GRADIENT:
-        gradient += row * vocab_size
     if factor == 0:
         tl.store(losses + row, 0.0)
         if GRADIENT:
+            gradient += row * vocab_size
             for start in range(0, vocab_size, BLOCK):
                 column = start + columns
                 zeros = tl.zeros([BLOCK], tl.float32).to(gradient.dtype.element_ty)
@@ -171,6 +171,7 @@ def _kd_loss_kernel(
     tl.store(losses + row, tl.where(wrong, float("nan"), factor * loss))
 
     if GRADIENT:
+        gradient += row * vocab_size
         scale = factor * soft * inverse_temperature
         hard_factor = factor * hard * (1 + 2 * z_loss * lse)
         even = factor * hard * label_smoothing / vocab_size
