@@ -152,6 +152,11 @@ TEST(beam_topk_of_random_logits) {
   }
 }
 
+// With one beam every candidate of the row counts, the last ones too.
+TEST(beam_topk_of_one_beam) {
+  for (int64_t k : {1, 10, 33, 64, 65, 200}) check(random_step(4, 1, 10000, k, 1.0f));
+}
+
 TEST(beam_topk_of_ties_and_special_values) {
   const float values[] = {-kInfinity, -kInfinity, NAN, 0.0f, -0.0f, 1.0f, 2.0f, -3.0f};
   for (int64_t vocab : {3, 70, 1100, 3000}) {
