@@ -1,7 +1,8 @@
 """Times kd_loss, forward and backward, against eager torch: pytest benchmarks/bench_kd_loss.py
 
 Each result is checked against torch before it is timed. `extra_info` holds the ratio to the eager composition (to our
-dense path for TopK and LabelPrior, which eager torch has to turn into dense teachers first) and to the floor, one `torch.add` of the same size (two reads and a write, as the loss reads two sides and writes the gradient).
+dense path for TopK and LabelPrior, which eager torch has to turn into dense teachers first) and to the floor: one
+`torch.add` of the same size (two reads and a write, as the loss reads two sides and writes the gradient).
 Memory: run with MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_THRESHOLD_=4294967296, or eager torch pays for fresh pages anew.
 The issue's shape is N1024-V32000; add -k N1024 for it, or -k N128 for a quick look.
 """
