@@ -20,6 +20,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kLanes = simd::kLanes;
 constexpr int64_t kStep = 4 * kLanes;
+constexpr int64_t kColumn = kBlock / kStep;
 static_assert(kBlock % kStep == 0);
 
 Candidate candidate(float logit, int64_t token) {
@@ -35,21 +36,37 @@ float logit_of(Candidate candidate) {
 
 int64_t token_of(Candidate candidate) { return static_cast<uint32_t>(~candidate); }
 
-// The best candidates of a piece so far, in descending order.
+// Candidates of a piece: the best `wanted` of those added, and some more until there are too many.
 struct Best {
-  Candidate* candidates;  // [capacity]
-  int64_t capacity;
+  int64_t wanted;
+  std::vector<Candidate>& pool;  // at least 2 * wanted + kColumn
   int64_t count = 0;
-  Candidate entry = 0;  // what a candidate has to exceed: the last of them, 0 while there is room
+  Candidate entry = 0;  // what a candidate has to exceed; 0 until `wanted` are known to
 
-  void insert(Candidate entering) {
-    if (entering <= entry) return;
-    if (count < capacity) ++count;
-    Candidate* last = candidates + count - 1;
-    Candidate* place = std::lower_bound(candidates, last, entering, std::greater<>());
-    std::copy_backward(place, last, last + 1);
-    *place = entering;
-    if (count == capacity) entry = candidates[capacity - 1];
+  // As often as not a logit of a promising column is none to take, so this does not branch on it. `trim` has to follow
+  // within kColumn calls.
+  void add(Candidate candidate, bool take) {
+    pool[count] = candidate;
+    count += take && candidate > entry;
+  }
+
+  void trim() {
+    if (count > 2 * wanted) drop_the_rest();
+  }
+
+  // Writes the best in descending order -> how many.
+  int64_t finish(Candidate* out) {
+    if (count > wanted) drop_the_rest();
+    std::sort(pool.begin(), pool.begin() + count, std::greater<>());
+    std::copy(pool.begin(), pool.begin() + count, out);
+    return count;
+  }
+
+ private:
+  void drop_the_rest() {
+    std::nth_element(pool.begin(), pool.begin() + wanted - 1, pool.begin() + count, std::greater<>());
+    count = wanted;
+    entry = pool[wanted - 1];
   }
 };
 
@@ -139,18 +156,20 @@ void collect(const Logit* logits, int64_t count, const float* columns, float lea
     for (; hits != 0; hits &= hits - 1) {
       for (int64_t i = group + std::countr_zero(hits); i < count; i += kStep) {
         const float value = value_of(logits[i]);
-        if (value >= least) best.insert(candidate(value, first_token + i));
+        best.add(candidate(value, first_token + i), value >= least);
       }
+      best.trim();
     }
   }
 }
 
-// Logits of -inf or NaN, which `collect` never takes, where there are too few others.
+// Appends logits of -inf or NaN, which `collect` never takes, to too few others -> how many there are then.
 template <class Logit>
-void fill_up(const Logit* row, int64_t begin, int64_t end, Best& best) {
-  for (int64_t token = begin; token < end && best.count < best.capacity; ++token) {
-    if (!(value_of(row[token]) > -kInfinity)) best.candidates[best.count++] = candidate(-kInfinity, token);
+int64_t fill_up(const Logit* row, int64_t begin, int64_t end, Candidate* best, int64_t count, int64_t wanted) {
+  for (int64_t token = begin; token < end && count < wanted; ++token) {
+    if (!(value_of(row[token]) > -kInfinity)) best[count++] = candidate(-kInfinity, token);
   }
+  return count;
 }
 
 }  // namespace
@@ -159,6 +178,7 @@ template <class Logit>
 void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin, int64_t end) {
   alignas(64) float buffer[kBlock], overall[kStep];
   std::vector<float> columns(pieces.blocks * kStep);
+  std::vector<Candidate> pool(2 * pieces.kept + kColumn);
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t row = pieces.rows[piece / pieces.per_row];
     const Logit* logits = arguments.logits + row / arguments.beams * arguments.sentence_stride +
@@ -183,17 +203,17 @@ void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin
     }
 
     // Now that k logits are known to reach `bound`, few blocks have anything for the k best.
-    Best best{pieces.best + piece * pieces.kept, std::min(pieces.kept, piece_end - piece_begin)};
-    const float bound = std::max(lower_bound_of_kth(overall, best.capacity), kLowest);
+    Best best{std::min(pieces.kept, piece_end - piece_begin), pool};
+    const float bound = std::max(lower_bound_of_kth(overall, best.wanted), kLowest);
     for (int64_t block = 0; block < pieces.blocks; ++block) {
-      const float top = highest_of[block];
-      if (!(top >= bound) || (best.entry != 0 && top <= logit_of(best.entry))) continue;
-      const int64_t first = piece_begin + block * kBlock;
       const float least = best.entry == 0 ? bound : std::max(bound, std::nextafter(logit_of(best.entry), kInfinity));
+      if (!(highest_of[block] >= least)) continue;
+      const int64_t first = piece_begin + block * kBlock;
       collect(logits + first, std::min(kBlock, piece_end - first), columns.data() + block * kStep, least, first, best);
     }
-    if (best.count < best.capacity) fill_up(logits, piece_begin, piece_end, best);
-    pieces.found[piece] = best.count;
+    Candidate* out = pieces.best + piece * pieces.kept;
+    const int64_t found = best.finish(out);
+    pieces.found[piece] = fill_up(logits, piece_begin, piece_end, out, found, best.wanted);
   }
 }
 
