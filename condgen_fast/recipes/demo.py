@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from condgen_fast.data import embedded
 from condgen_fast.data.vocabulary import Vocabulary
-from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict
-from condgen_fast.decode.html import Example, page
+from condgen_fast.decode import BeamSearch, Greedy, Hypotheses, LevenshteinRefinement, MaskPredict
+from condgen_fast.decode.html import Example, Run, page
+from condgen_fast.decode.trace import Trace, left_to_right
 from condgen_fast.metrics.bleu import bleu
 from condgen_fast.models.checkpoint import load_model
 from condgen_fast.models.layers import EncoderDecoder
@@ -86,7 +87,7 @@ def main(options: Demo) -> None:
     print(f"\n{table(rows)}\n\nBLEU: {signature}, {len(sources)} sentences of LibreOffice help, English to German; {machine(device)}")
     write_csv(rows, options.output / "results.csv")
     draw(rows, options.output / "quality-latency.png")
-    write_page(models, sources[:], references, options)
+    write_page(models, sources, references, options)
     print(f"picture {options.output / 'quality-latency.png'}\npage    {options.output / 'refinement.html'}")
 
 
@@ -165,3 +166,37 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def write_page(
+    models: dict[str, tuple[EncoderDecoder, Vocabulary]], sources: list[str], references: list[str], options: Demo
+) -> None:
+    """How each kind of model arrived at its translation of a few sentences of middling length, as an HTML page."""
+    middling = [i for i, line in enumerate(sources) if 8 <= len(line.split()) <= 18]
+    chosen = middling[:: max(1, len(middling) // max(options.page_sentences, 1))][: options.page_sentences]
+    examples = []
+    for i in chosen:
+        runs = []
+        for system, name, strategy in SYSTEMS:
+            if system not in ("beam 5", "Mask-Predict T=10", "LevT"):
+                continue
+            model, vocabulary = models[name]
+            if hasattr(strategy, "trace"):
+                strategy = replace(strategy, trace=True)
+            tokens, hypotheses = translate_batch(model, vocabulary.encode([sources[i]]), strategy)
+            trace = hypotheses.trace[0] if hypotheses.trace else written(model, hypotheses)
+            runs.append(Run(system, trace, lambda t, v=vocabulary: v.pieces([t])[0], vocabulary.decode(tokens)[0]))
+        examples.append(Example(sources[i], runs, references[i]))
+    text = page(
+        examples,
+        title="Three ways to a translation",
+        introduction="English to German, LibreOffice help: from left to right, by re-predicting what is unsure"
+        " (Mask-Predict), and by deleting and inserting (Levenshtein Transformer).",
+    )
+    (options.output / "refinement.html").write_text(text, encoding="utf-8")
+
+
+def written(model: EncoderDecoder, hypotheses: Hypotheses) -> Trace:
+    """The trace of a left-to-right hypothesis: one token a step."""
+    best = hypotheses.tokens[:, 0], hypotheses.token_log_probs[:, 0]
+    return left_to_right(*best, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)[0]
