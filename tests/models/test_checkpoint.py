@@ -20,7 +20,7 @@ SHAPE = {"width": 8, "feed_forward": 16, "encoder_layers": 1, "decoder_layers": 
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return Vocabulary.train(["open the file and close the window", "save the new table in a row"] * 5, 40)
+    return Vocabulary.train(["open the file and close the window", "save the new table in a row"] * 5, 28)
 
 
 def model_of(vocabulary, model_class=Transformer, config_class=TransformerConfig, **more):
@@ -41,7 +41,7 @@ def test_a_model_reads_back(model_class, config_class, vocabulary, tmp_path):
 
 
 def test_half_precision_halves_the_file(vocabulary, tmp_path):
-    model = model_of(vocabulary)
+    model = model_of(vocabulary, width=64)
     for name, dtype in (("full", None), ("half", torch.float16)):
         save_model(tmp_path / name, model, vocabulary, dtype=dtype)
     full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
@@ -89,7 +89,7 @@ def test_weights_of_another_model_are_refused(vocabulary, tmp_path):
 
 def test_another_vocabulary_is_refused(vocabulary, tmp_path):
     save_model(tmp_path / "a", model_of(vocabulary), vocabulary)
-    other = Vocabulary.train(["something else entirely, with other words"] * 5, len(vocabulary))
+    other = Vocabulary.train(["something else entirely, with quite other words", "jumping over a lazy dog"] * 5, len(vocabulary))
     other.save(tmp_path / "a" / "vocab.model")
     with pytest.raises(ValueError, match="not the vocabulary the model was trained with"):
         load_model(tmp_path / "a")
