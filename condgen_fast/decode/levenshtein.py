@@ -118,8 +118,9 @@ class LevenshteinRefinement:
             now.settled = _same(now.tokens, now.before, model.pad_id)
         else:
             self._end_cycles(model, now, recorder, active)
-            final_tokens[now.rows, : now.tokens.shape[1]] = now.tokens
-            final_log_probs[now.rows, : now.tokens.shape[1]] = now.log_probs
+            # Whole rows: what was noted of them when another sentence left may have been longer.
+            final_tokens[now.rows] = _widen(now.tokens, width, model.pad_id)
+            final_log_probs[now.rows] = _widen(now.log_probs, width, 0.0)
 
         lengths = (final_tokens != model.pad_id).sum(1) - 2
         scores = mean_log_prob(final_log_probs, between(lengths, width))

@@ -354,3 +354,11 @@ def test_the_reference_model_does_not_see_its_batch():
         torch.testing.assert_close(alone.scores[0], whole.scores[b], rtol=0, atol=1e-5)
         assert alone.iterations[0] == whole.iterations[b]
     assert len(set(map(len, (row[0] for row in whole.to_lists())))) > 2
+
+
+def test_a_canvas_that_shrinks_after_another_sentence_left_keeps_no_tail():
+    model, sources, given_tokens = RandomModel(seed=0), [[5, 40], [5, 5]], [[5, 5, 5, 5], []]
+    together = decode(model, sources, LevenshteinRefinement(max_iterations=3, initial=given_tokens))
+    for b, source in enumerate(sources):
+        alone = decode(model, [source], LevenshteinRefinement(max_iterations=3, initial=[given_tokens[b]]))
+        assert together.to_lists()[b] == alone.to_lists()[0]
