@@ -172,6 +172,6 @@ def _explain(error: str, size: int) -> str:
         return f"size must be at most {found[1]} for this text; got {size}"
     if found := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", error):
         return f"size must be at least {found[1]} for the characters of this text; got {size}"
-    if "sentences_.empty()" in error:
+    if "sentences_.empty()" in error or "all_chars_count" in error:
         return "lines must hold text to train a vocabulary on; got none"
     return f"no vocabulary of {size} pieces can be trained on this text: {error}"
