@@ -15,7 +15,11 @@ COMMANDS: dict[str, tuple[str, str | None, str]] = {
     "translate": ("recipes.translate", "Translate", "translate text, one sentence a line"),
     "evaluate": ("recipes.evaluate", "Evaluate", "score a model, or a file of translations, on a test set"),
     "corpus": ("data.corpus", "Corpus", "build the corpora from Debian packages"),
-    "demo": ("recipes.demo", "Demo", "compare greedy, beam, Mask-Predict and Levenshtein decoding on the shipped models"),
+    "demo": (
+        "recipes.demo",
+        "Demo",
+        "compare greedy, beam, Mask-Predict and Levenshtein decoding on the shipped models",
+    ),
     "bench": ("recipes.bench", "Bench", "run the benchmarks of a source checkout"),
     "doctor": ("doctor", None, "print versions, what was built, and which implementation each op uses here"),
 }
@@ -45,9 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             import tyro
 
-            options = tyro.cli(
-                getattr(module, options_name), prog=f"condgen-fast {name}", args=rest
-            )
+            options = tyro.cli(getattr(module, options_name), prog=f"condgen-fast {name}", args=rest)
             module.main(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"condgen-fast {name}: error: {error}", file=sys.stderr)

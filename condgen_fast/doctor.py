@@ -118,4 +118,8 @@ _CALLS: dict[str, Callable[[torch.device], object]] = {
     "remask": lambda d: ops.remask(
         _logits(d), torch.tensor([1, 2], device=d), maskable=torch.ones(2, 6, dtype=torch.bool, device=d)
     ),
-}
+    "commit": lambda d: ops.commit(
+        ops.RowStats(_ids(d), *[_logits(d)[:, :4].contiguous()] * 3), _ids(d), maskable=_ids(d) == 5, policy="quota",
+        quota=1,
+    ),
+}  # fmt: skip

@@ -12,7 +12,8 @@ import torch
 
 from condgen_fast import _library, doctor
 
-OPS = ("kd_loss", "linear_kd_loss", "edit_oracle", "edit_distance", "apply_edits", "beam_topk", "row_stats", "remask")
+OPS = ("kd_loss", "linear_kd_loss", "edit_oracle", "edit_distance", "apply_edits", "beam_topk", "row_stats", "remask",
+       "commit")  # fmt: skip
 CAPABILITIES = ("baseline", "avx2", "avx512")
 
 

@@ -181,9 +181,7 @@ class BeamSearch:
         if self.stopping == "first":
             return over | (finished.scores[:, -1] > -torch.inf)
         if self.stopping == "heuristic":
-            return over | (
-                (finished.scores[:, -1] > -torch.inf) & (finished.scores[:, -1] >= best / norms[length])
-            )
+            return over | ((finished.scores[:, -1] > -torch.inf) & (finished.scores[:, -1] >= best / norms[length]))
         # Admissible: log-probabilities are at most 0, so what follows a kept hypothesis of sum c has a sum c' <= c <=
         # best <= 0, and ends at a length l with length < l <= limit and l >= min_length. norm is positive, so it scores
         # c' / norm(l) <= best / norm(l); and as best <= 0, that is greatest where norm(l) is. norm is l**a,

@@ -35,9 +35,7 @@ def cmlm_loss(
     masked = mask_uniformly(target, maskable)
     canvas = target.masked_fill(masked, model.mask_id)
     hidden, offset_logits = model(batch.source, batch.source_lengths, canvas)
-    tokens = kd_loss(
-        model.project(hidden[masked]), None, target[masked], alpha=0.0, label_smoothing=label_smoothing
-    )
+    tokens = kd_loss(model.project(hidden[masked]), None, target[masked], alpha=0.0, label_smoothing=label_smoothing)
     radius = model.config.length_offset
     # An empty source counts one position: the one the encoder shows for it.
     offset = (maskable.sum(1) - batch.source_lengths.clamp(min=1)).clamp(-radius, radius) + radius

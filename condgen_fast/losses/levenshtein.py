@@ -39,13 +39,14 @@ def random_delete(tokens: Tensor, deletable: Tensor) -> Tensor:
 
 
 def levenshtein_loss(
-    model: LevenshteinTransformer, batch: ParallelBatch, *, label_smoothing: float = 0.1, policy: Policy = Policy()
+    model: LevenshteinTransformer, batch: ParallelBatch, *, label_smoothing: float = 0.1, policy: Policy | None = None
 ) -> dict[str, Tensor]:
     """Sum of the placeholder, token and deletion losses, each a mean over its own positions.
 
     Insertion learns from gold with words dropped (or the oracle's deletion of the initial sequence, `policy.beta`);
     deletion from the model's own insertion on the same canvas (or the initial sequence, `policy.alpha`).
     """
+    policy = policy or Policy()
     target, ids = batch.target, _ids(model)
     memory = model.encode(batch.source, batch.source_lengths)
     inner = (target != model.pad_id) & (target != model.bos_id) & (target != model.eos_id)
@@ -89,7 +90,7 @@ def _rows(target: Tensor, probability: float) -> Tensor:
 
 
 def _initial(model: LevenshteinTransformer, target: Tensor, inner: Tensor, noise: float) -> Tensor:
-    """The initial sequence y0: bos eos, or with `noise` gold whose words are replaced at random with that probability."""
+    """The initial sequence y0: bos eos, or gold with each word replaced at random with probability `noise`."""
     if noise == 0:
         return apply_edits(target, delete=inner, **_ids(model)).tokens
     words = torch.randint(model.mask_id + 1, model.vocab_size, target.shape, device=target.device)

@@ -166,7 +166,7 @@ class CrossAttention(nn.Module):
         return KeyValue(*self.memory(states).view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4))
 
     def forward(self, x: Tensor, memory: KeyValue, mask: Tensor) -> Tensor:
-        """x [B, L, D], mask bool [B, 1, 1, S] -> [B, L, D]; the L queries may be positions or the beams of a sentence."""
+        """x [B, L, D], mask bool [B, 1, 1, S] -> [B, L, D]; the L queries are positions, or the beams of a sentence."""
         batch, length, width = x.shape
         query = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)
         y = attend(query, memory.key, memory.value, mask)

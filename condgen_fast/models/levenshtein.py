@@ -107,6 +107,4 @@ class LevenshteinTransformer(EncoderDecoder):
 
 
 def _with_layers(config: LevenshteinConfig, layers: int | None) -> LevenshteinConfig:
-    return replace(
-        config, decoder_layers=layers or config.decoder_layers, deletion_layers=None, insertion_layers=None
-    )
+    return replace(config, decoder_layers=layers or config.decoder_layers, deletion_layers=None, insertion_layers=None)

@@ -12,7 +12,7 @@ from condgen_fast.models.layers import EncoderDecoder, KeyValue, Memory
 
 @dataclass(frozen=True)
 class TransformerState:
-    """Where a batch of beams stands: its memory, the position, and each layer's keys and values [B*K, heads, t, D/heads]."""
+    """Where a batch of beams stands; `past` holds each layer's keys and values [B*K, heads, t, D/heads]."""
 
     memory: Memory
     beam_size: int

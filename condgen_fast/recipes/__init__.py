@@ -1,1 +1,1 @@
-"""Reference training scripts, each read top to bottom; they import the package, nothing imports them but the command."""
+"""Reference training scripts, each read top to bottom; they import the package, only the command imports them."""

@@ -1,7 +1,7 @@
 """Run the benchmarks of a source checkout with pytest-benchmark; each checks its result before it is timed.
 
-  condgen-fast bench                          # all families
-  condgen-fast bench --family kd_loss
+condgen-fast bench                          # all families
+condgen-fast bench --family kd_loss
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Bench:
 def main(options: Bench) -> None:
     found = sorted(path.stem.removeprefix("bench_") for path in options.folder.glob("bench_*.py"))
     if not found:
-        raise FileNotFoundError(f"folder must hold bench_*.py, as a source checkout's benchmarks/ does; got {options.folder}")
+        raise FileNotFoundError(
+            f"folder must hold bench_*.py, as a source checkout's benchmarks/ does; got {options.folder}"
+        )
     if options.family is not None and options.family not in found:
         raise ValueError(f"family must be one of {', '.join(found)}; got {options.family!r}")
     files = [str(options.folder / f"bench_{family}.py") for family in ([options.family] if options.family else found)]

@@ -2,8 +2,8 @@
 
   condgen-fast demo                     # writes demo-output/{results.csv, quality-latency.png, refinement.html}
 
-Three shipped models, English to German, trained on LibreOffice's help alone: an autoregressive Transformer, and a CMLM and a
-Levenshtein Transformer trained on that Transformer's translations.
+Three shipped models, English to German, trained on LibreOffice's help alone: an autoregressive Transformer, and a CMLM
+and a Levenshtein Transformer trained on that Transformer's translations.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def main(options: Demo) -> None:
     baseline = next(latency for system, _, latency, _, _ in measured if system == BASELINE)
     rows = [Row(*values, speedup=baseline / values[2]) for values in measured]
 
-    print(f"\n{table(rows)}\n\nBLEU: {signature}, {len(sources)} sentences of LibreOffice help, English to German; {machine(device)}")
+    print(f"\n{table(rows)}\n\nBLEU: {signature}")
+    print(f"{len(sources)} sentences of LibreOffice help, English to German; {machine(device)}")
     write_csv(rows, options.output / "results.csv")
     draw(rows, options.output / "quality-latency.png")
     write_page(models, sources, references, options)
@@ -155,7 +156,9 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     families = {"greedy": "o", "beam": "o", "Mask-Predict": "s", "LevT": "D"}
     for row in rows:
-        color, marker = next((f"C{i}", m) for i, (name, m) in enumerate(families.items()) if row.system.startswith(name))
+        color, marker = next(
+            (f"C{i}", m) for i, (name, m) in enumerate(families.items()) if row.system.startswith(name)
+        )
         axis.plot(row.latency, row.bleu, marker, color=color, markersize=9)
         axis.annotate(row.system, (row.latency, row.bleu), xytext=(8, -3), textcoords="offset points")
     predicted = [row for row in rows if row.system.startswith("Mask-Predict")]

@@ -1,7 +1,7 @@
 """Score a model, or a file of translations, on a test set: BLEU, chrF and TER with their signatures.
 
-  condgen-fast evaluate --model runs/teacher --source test.en --reference test.de --strategy beam
-  condgen-fast evaluate --hypotheses test.out --reference test.de
+condgen-fast evaluate --model runs/teacher --source test.en --reference test.de --strategy beam
+condgen-fast evaluate --hypotheses test.out --reference test.de
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class DecodingOptions:
     """How to decode: a strategy and its options; an option that the strategy does not have is an error."""
 
     strategy: str | None = None
-    """greedy, beam, sample, mask_predict or levenshtein; by default beam, mask_predict or levenshtein, as the model is"""
+    """greedy, beam, sample, mask_predict or levenshtein; by default the one the model was trained for"""
     beam_size: int | None = None
     """beam: hypotheses kept at every step"""
     length_penalty: float | None = None
@@ -54,7 +54,7 @@ class DecodingOptions:
 
 
 def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `max_tokens` padded tokens, longest first: the fullest batch shows its memory first."""
+    """Indices in batches of at most `max_tokens` padded tokens, longest first: the memory needed shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         rows = max(1, max_tokens // max(lengths[order[0]], 1))

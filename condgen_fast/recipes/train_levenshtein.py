@@ -1,6 +1,7 @@
 """Train the Levenshtein Transformer by imitation of the edit oracle, best on a teacher's translations.
 
-  condgen-fast train levenshtein --source train.en --target distilled.de --valid-source valid.en --valid-target valid.de \\
+  condgen-fast train levenshtein --source train.en --target distilled.de \\
+      --valid-source valid.en --valid-target valid.de \\
       --vocabulary runs/teacher/vocab.model --initialize-from runs/teacher --output runs/levenshtein --size tiny
 
 The defaults are the published training (insertion learns from gold with words dropped, deletion from the model's own
@@ -60,5 +61,7 @@ def main(options: TrainLevenshtein) -> None:
     run = Run(options, model, vocabulary, loss)
     for batch in run.batches(train):
         if run.step(batch):
-            run.save(run.valid_loss(valid) | {"valid_bleu": bleu_of(run.model, vocabulary, valid, LevenshteinRefinement())})
+            run.save(
+                run.valid_loss(valid) | {"valid_bleu": bleu_of(run.model, vocabulary, valid, LevenshteinRefinement())}
+            )
     run.finish()

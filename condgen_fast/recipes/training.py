@@ -132,7 +132,8 @@ def initialize(model: EncoderDecoder, vocabulary: Vocabulary, folder: Path) -> N
         for name in own.keys() & given.keys():
             if own[name].shape != given[name].shape:
                 raise ValueError(
-                    f"initialize_from {folder}: {name} must have shape {list(own[name].shape)}; got {list(given[name].shape)}"
+                    f"initialize_from {folder}: {name} must have shape {list(own[name].shape)};"
+                    f" got {list(given[name].shape)}"
                 )
             own[name].copy_(given[name])
 

@@ -1,7 +1,7 @@
 """Translate plain text with a trained model folder or a shipped model: one sentence in, one line out.
 
-  echo "Open the file." | condgen-fast translate --model levenshtein-en-de
-  condgen-fast translate --model runs/teacher --input test.en --output test.de --strategy beam --beam-size 5
+echo "Open the file." | condgen-fast translate --model levenshtein-en-de
+condgen-fast translate --model runs/teacher --input test.en --output test.de --strategy beam --beam-size 5
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def test_weights_of_another_model_are_refused(vocabulary, tmp_path):
 
 def test_another_vocabulary_is_refused(vocabulary, tmp_path):
     save_model(tmp_path / "a", model_of(vocabulary), vocabulary)
-    other = Vocabulary.train(["something else entirely, with quite other words", "jumping over a lazy dog"] * 5, len(vocabulary))
+    other = Vocabulary.train(
+        ["something else entirely, with quite other words", "jumping over a lazy dog"] * 5, len(vocabulary)
+    )
     other.save(tmp_path / "a" / "vocab.model")
     with pytest.raises(ValueError, match="not the vocabulary the model was trained with"):
         load_model(tmp_path / "a")

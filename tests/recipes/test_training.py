@@ -31,7 +31,13 @@ def assert_same_weights(a, b):
 def test_a_resumed_run_ends_with_the_same_weights(kind, train_arguments, tmp_path, monkeypatch):
     assert main(train_arguments(kind, tmp_path / "whole")) == 0
     folder = tmp_path / "whole"
-    assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors", "vocab.model", "log.csv", "curve.png"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "vocab.model",
+        "log.csv",
+        "curve.png",
+    }
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
 
     from condgen_fast.recipes import training

@@ -75,7 +75,9 @@ def test_standard_input_and_output(teacher):
     assert result.returncode == 0 and result.stdout.count("\n") == 1, result.stderr
 
 
-@pytest.mark.parametrize("strategy", [["greedy"], ["beam", "--beam-size", "3"], ["sample", "--top-k", "5", "--seed", "1"]])
+@pytest.mark.parametrize(
+    "strategy", [["greedy"], ["beam", "--beam-size", "3"], ["sample", "--top-k", "5", "--seed", "1"]]
+)
 def test_distillation_resumes_and_shards(strategy, teacher, corpus, tmp_path, monkeypatch):
     def arguments(output):
         return [
