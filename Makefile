@@ -10,6 +10,7 @@ ARGUMENTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
+HAS_HEADERS := import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))
 HAS_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 
 .PHONY: test demo build check bench clean
@@ -39,6 +40,8 @@ $(BIN)/python:
 	  { echo "Python 3.10 or later is needed; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv python3-dev"; exit 1; }
+	@$(PYTHON) -c '$(HAS_HEADERS)' || \
+	  { echo "$(PYTHON) has no C headers (Python.h); on Debian and Ubuntu: apt install python3-dev"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed; on Debian and Ubuntu: apt install g++"; exit 1; }
 	@if $(PYTHON) -c '$(HAS_GPU)' 2>/dev/null; \
 	  then echo "Using the torch of $(PYTHON), which sees a GPU"; $(PYTHON) -m venv --system-site-packages $(VENV); \
