@@ -52,6 +52,8 @@ def _row_stats_kernel(
         row = tl.load(rows + n)
     inside = (row >= 0) & (row < height)
     start = logits + row * stride
+    # a row that is not there has no columns; a mask of vector & scalar would not do: the interpreter splats int1 as int32
+    columns = tl.where(inside, width, 0)
     offset = tl.arange(0, BLOCK)
     nothing = float("-inf")
 
@@ -72,7 +74,7 @@ def _row_stats_kernel(
 
     for first in range(0, width, BLOCK):
         column = first + offset
-        x = tl.load(start + column, mask=(column < width) & inside, other=nothing).to(tl.float32)
+        x = tl.load(start + column, mask=column < columns, other=nothing).to(tl.float32)
         x = tl.minimum(tl.where(x == x, x, nothing), 3.4028234663852886e38)
         lane_token = tl.where(x > lane_highest, column, lane_token)
         lane_second = tl.maximum(lane_second, tl.minimum(lane_highest, x))
