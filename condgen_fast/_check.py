@@ -5,7 +5,6 @@ A value of the wrong Python type is a TypeError; a wrong shape, dtype, device or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -114,7 +113,7 @@ def check_number(
     types = (int, torch.SymInt) if integer else (int, float, torch.SymInt, torch.SymFloat)
     if isinstance(value, bool) or not isinstance(value, types):
         raise TypeError(f"{name} must be {'an int' if integer else 'a number'}; got {type(value).__name__}")
-    if isinstance(value, float) and math.isnan(value):
+    if value != value:  # NaN; torch.compile traces no math.isnan of a float that varies
         low = high = False
     elif exclusive:
         low, high = minimum is None or value > minimum, maximum is None or value < maximum

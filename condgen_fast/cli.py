@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from difflib import get_close_matches
 
@@ -26,7 +27,8 @@ COMMANDS: dict[str, tuple[str, str | None, str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command -> exit status: 0, 1 for an error of its input, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Run one command -> exit status: 0, 1 for an error of its input, 2 for a wrong command line, 130 after Ctrl-C, 141 when
+    the reader of its output has gone."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -51,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             options = tyro.cli(getattr(module, options_name), prog=f"condgen-fast {name}", args=rest)
             module.main(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has enough of it; what is left must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"condgen-fast {name}: error: {error}", file=sys.stderr)
         return 1

@@ -84,6 +84,8 @@ def save_model(
         save_file(tensors, fresh / "model.safetensors")
         if extra is not None:
             save_file(dict(extra), fresh / "training.safetensors")
+        for file in fresh.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+            shutil.copymode(fresh / "config.json", file)
         if state is not None:
             (fresh / "training.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for file in fresh.iterdir():

@@ -44,6 +44,8 @@ class Demo:
 
     output: Path = Path("demo-output")
     """folder for the table, the picture and the page"""
+    sentences: int | None = None
+    """test sentences translated, from the first; all by default"""
     latency_sentences: int = 60
     """test sentences translated one at a time to measure latency"""
     page_sentences: int = 6
@@ -69,7 +71,7 @@ class Row:
 def main(options: Demo) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    sources, references = embedded.load("test")
+    sources, references = (lines[: options.sentences] for lines in embedded.load("test"))
     models = {name: load_model(name, device=device) for name in dict.fromkeys(name for _, name, _ in SYSTEMS)}
 
     measured, signature = [], ""
@@ -151,7 +153,7 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     families = {"greedy": "o", "beam": "o", "Mask-Predict": "s", "LevT": "D"}
@@ -160,11 +162,14 @@ def draw(rows: list[Row], path: Path) -> None:
             (f"C{i}", m) for i, (name, m) in enumerate(families.items()) if row.system.startswith(name)
         )
         axis.plot(row.latency, row.bleu, marker, color=color, markersize=9)
-        axis.annotate(row.system, (row.latency, row.bleu), xytext=(8, -3), textcoords="offset points")
+        axis.annotate(row.system, (row.latency, row.bleu), xytext=(0, 9), textcoords="offset points", ha="center")
     predicted = [row for row in rows if row.system.startswith("Mask-Predict")]
     axis.plot([row.latency for row in predicted], [row.bleu for row in predicted], "C2-", alpha=0.4, zorder=0)
     axis.set(xlabel="milliseconds a sentence, batch 1 (log scale)", ylabel="BLEU", xscale="log")
-    axis.margins(x=0.2, y=0.1)
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.margins(x=0.15, y=0.15)
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -32,7 +32,10 @@ template <class... Parts>
 inline void check_shape(const Tensor& value, const char* name, std::initializer_list<int64_t> sizes) {
   bool fits = value.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
-  for (int64_t size : sizes) fits = fits && (size == -1 || value.size(d++) == size);
+  for (int64_t size : sizes) {
+    fits = fits && (size == -1 || value.size(d) == size);
+    ++d;
+  }
   if (fits) return;
   std::ostringstream wanted, got;
   for (int64_t size : sizes) wanted << (wanted.tellp() > 0 ? ", " : "") << (size == -1 ? "*" : std::to_string(size));

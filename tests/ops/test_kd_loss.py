@@ -179,7 +179,7 @@ def test_mixed_dtypes(dtype, teacher_dtype, device):
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_golden_values(impl, device):
-    """METHODS 6.1: z = [1, 2, 3], v = [2, 2, 4]."""
+    """Computed by hand: z = [1, 2, 3], v = [2, 2, 4]."""
     golden = {
         1: (0.061554, 0.727127, [-0.016476, 0.138221, -0.121745]),
         2: (0.022854, 0.998182, [-0.051236, 0.190509, -0.139273]),
@@ -376,7 +376,7 @@ def test_teacher_kinds_agree(device):
 
 
 def test_d2gpo_golden_prior(device):
-    """METHODS 8: V = 10, Gaussian of the rank, softmax at T = 2."""
+    """D2GPo (Li 2020) with V = 10, Gaussian of the rank, softmax at T = 2."""
     density = torch.exp(-(torch.arange(10.0) ** 2) / 2) / math.sqrt(2 * math.pi)
     ids = torch.stack([torch.arange(10).roll(y) for y in range(10)]).to(device)
     prior = LabelPrior(ids, torch.exp(density / 2).to(device), 0.0)

@@ -270,7 +270,7 @@ def lowest(scores: list[float], count: int, maskable: list[bool]) -> list[bool]:
 
 @pytest.mark.parametrize("impl", SELECTIONS)
 def test_the_worked_example(impl, device):
-    """METHODS 5.5.5: N = 12, T = 3."""
+    """Mask-Predict's worked schedule: N = 12, T = 3."""
     scores = [
         [0.8, 0.3, 0.2, 0.3, 0.5, 0.5, 0.4, 0.1, 0.3, 0.6, 0.6, 0.9],
         [0.8, 0.5, 0.8, 0.8, 0.9, 0.7, 0.7, 0.6, 0.8, 0.6, 0.6, 0.9],

@@ -43,6 +43,19 @@ def test_the_result_does_not_depend_on_the_batch(teacher, tmp_path):
     assert translate(teacher, tmp_path, text) == translate(teacher, tmp_path, text, "--max-tokens", "1")
 
 
+def test_a_reader_that_left_is_no_error():
+    """As in `condgen-fast doctor | head -1`: no traceback, and the status of a process that SIGPIPE ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "condgen_fast.cli", "doctor"], stdout=writer, stderr=subprocess.PIPE, timeout=300
+        )
+    finally:
+        os.close(writer)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
 def test_empty_input_gives_empty_output(teacher, tmp_path):
     assert translate(teacher, tmp_path, b"") == b""
 
