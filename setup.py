@@ -60,4 +60,6 @@ def _tool(name: str) -> str:
     return found
 
 
-setup(ext_modules=[Extension("condgen_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# `depends` puts the sources into source distributions.
+SOURCES = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))]
+setup(ext_modules=[Extension("condgen_fast._C", sources=[], depends=SOURCES)], cmdclass={"build_ext": CMakeBuild})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,16 @@ def test_library_is_built_and_loaded():
     _library.require()
     _library.require(torch.device("cpu"))
     assert _library.load()
+
+
+def test_a_source_distribution_has_the_sources(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(root)) for path in (root / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def test_build_info():

@@ -162,7 +162,8 @@ BadRows apply_edits(const ApplyArguments<Id, Score>& arguments, int64_t begin, i
     const Id* fill = arguments.fill == nullptr ? nullptr : arguments.fill + b * out_width;
     const Score* scores = arguments.scores == nullptr ? nullptr : arguments.scores + b * width;
     Id* out = arguments.out_tokens + b * out_width;
-    Score* out_scores = scores == nullptr ? nullptr : arguments.out_scores + b * out_width;
+    // not by `scores`: the data of an empty tensor is null as well
+    Score* out_scores = arguments.out_scores == nullptr ? nullptr : arguments.out_scores + b * out_width;
     int64_t* origin = arguments.origin + b * out_width;
 
     const Extent row_extent = extent(row, width, arguments.pad_id);

@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kWarp) apply_edits_kernel(ApplyArguments<Id, S
   const Id* fill = arguments.fill == nullptr ? nullptr : arguments.fill + b * out_width;
   const Score* scores = arguments.scores == nullptr ? nullptr : arguments.scores + b * width;
   Id* out = arguments.out_tokens + b * out_width;
-  Score* out_scores = scores == nullptr ? nullptr : arguments.out_scores + b * out_width;
+  // not by `scores`: the data of an empty tensor is null as well
+  Score* out_scores = arguments.out_scores == nullptr ? nullptr : arguments.out_scores + b * out_width;
   int64_t* origin = arguments.origin + b * out_width;
 
   const int64_t length = warp_length(row, width, arguments.pad_id, lane);

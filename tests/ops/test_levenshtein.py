@@ -205,6 +205,8 @@ def test_empty_and_all_padding(device, impl, sizes):
     result = apply_edits(tokens, delete=labels.delete, insert=labels.insert, scores=tokens.float(), **IDS, impl=impl)
     assert result.lengths.tolist() == [0] * rows
     assert (result.tokens == PAD).all() and (result.origin == -1).all()
+    wider = apply_edits(tokens, insert=labels.insert, scores=tokens.float(), max_length=9, **IDS, impl=impl)
+    assert wider.scores.tolist() == [[0.0] * 9] * rows  # of no tokens at all they are 0, too
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -274,6 +276,17 @@ def test_messages():
         (ValueError, r"insert must have shape .*; got \[1, 3\]", lambda: apply_edits(x, insert=x, **IDS)),
         (ValueError, r"fill must have shape .*; got \[1, 2\]", lambda: apply_edits(x, fill=x[:, :2], **IDS)),
         (ValueError, "scores must be .*; got int64", lambda: apply_edits(x, scores=x, **IDS)),
+        (
+            ValueError,
+            r"mask_id must be in \[-2147483648, 2147483647\]; got 1099511627776",
+            lambda: apply_edits(x.int(), **{**IDS, "mask_id": 2**40}),
+        ),
+        (ValueError, "pad_id must be in .*; got 1180591620717411303424", lambda: edit_distance(x, x, pad_id=2**70)),
+        (
+            ValueError,
+            "insert must ask for fewer than 2147483648 tokens a row; got 4294967299",
+            lambda: apply_edits(x, insert=torch.full((1, 2), 2**62), **IDS),
+        ),
         (ValueError, "max_length must be >= 2; got 1", lambda: apply_edits(x, max_length=1, **IDS)),
         (ValueError, "mask_id must differ from pad_id; got 0 .*", lambda: apply_edits(x, **{**IDS, "mask_id": 0})),
     ]

@@ -73,7 +73,7 @@ def _backward(op):
             *tensors, coefficient = ctx.saved_tensors
             gradient = op(*tensors, coefficient * grad_losses, *ctx.options, True)[1]
         elif type(grad_losses) is not Tensor:  # traced: no looking at values, no writing into them
-            gradient = gradient * grad_losses.view(*gradient.shape[:2], 1).to(gradient.dtype)
+            gradient = (gradient * grad_losses.view(*gradient.shape[:2], 1)).to(gradient.dtype)
         elif grad_losses.device.type != "cpu" or not bool((grad_losses == 1).all()):
             gradient.mul_(grad_losses.reshape(*gradient.shape[:2], 1))
         return (gradient, *others)

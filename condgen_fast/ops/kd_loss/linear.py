@@ -8,7 +8,7 @@ from torch import Tensor
 from condgen_fast._check import check_number, check_tensor
 from condgen_fast.ops.kd_loss import reference
 from condgen_fast.ops.kd_loss.autograd import OPTIONS, kd_loss_dense, kd_loss_dense_triton
-from condgen_fast.ops.kd_loss.op import check_options, check_rows, choose_impl, row_coefficients
+from condgen_fast.ops.kd_loss.op import check_options, check_rows, choose_impl, refuse_forward_mode, row_coefficients
 from condgen_fast.ops.kd_loss.teachers import FLOAT_DTYPES
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits of one side that are in memory at a time, by default
@@ -91,6 +91,7 @@ def linear_kd_loss(
             label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, weights=weights,
             reduction=reduction,
         )  # fmt: skip
+    refuse_forward_mode("linear_kd_loss", student_hidden, student_weight, student_bias)
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
     labels, coefficient = row_coefficients(labels, weights, ignore_index, reduction, student_hidden, dtype)
     trained = (student_hidden, student_weight, student_bias)
@@ -110,7 +111,7 @@ def linear_kd_loss(
         chunk_rows,
         impl == "triton",
         *options,
-        any(needs) and uniform and student_hidden.dtype != torch.float16,
+        any(needs) and uniform and all(value is None or value.dtype != torch.float16 for value in trained),
     )[0]
     if reduction == "none":
         return losses.view(rows_shape)
@@ -119,6 +120,8 @@ def linear_kd_loss(
 
 def _check_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, side: str, device) -> int:
     sizes = check_tensor(hidden, f"{side}_hidden", shape="... D", dtypes=FLOAT_DTYPES, device=device)
+    if sizes["D"] == 0:
+        raise ValueError(f"{side}_hidden must have at least one column; got shape {list(hidden.shape)}")
     sizes = check_tensor(weight, f"{side}_weight", shape="V D", dtypes=FLOAT_DTYPES, device=device, sizes=sizes)
     if sizes["V"] == 0:
         raise ValueError(f"{side}_weight must have at least one row; got shape {list(weight.shape)}")
@@ -213,7 +216,7 @@ def _backward(ctx, grad_losses, *_):
     else:
         scale = grad_losses[:1].sum()  # the same for all rows; of no rows 0
         if type(grad_losses) is not Tensor:
-            gradients = [gradient * scale.to(gradient.dtype) for gradient in gradients]
+            gradients = [(gradient.to(scale.dtype) * scale).to(gradient.dtype) for gradient in gradients]
         elif scale.device.type != "cpu" or scale != 1:
             gradients = [gradient.mul_(scale) for gradient in gradients]
     return (*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *others)

@@ -71,7 +71,8 @@ def kd_loss(
             ``alpha = 0``, where the teacher is not read.
         labels: [...] int64 or int32. May be missing at ``alpha = 1`` without a LabelPrior: then every row counts.
         alpha: weight of the divergence, in [0, 1]; at either end the other term is not computed.
-        temperature: of the student, and of the teacher where ``teacher_temperature`` is None; > 0. The NLL has none.
+        temperature: of the student, and of the teacher where ``teacher_temperature`` is None; > 0 and in [1e-18, 1e18].
+            The NLL has none.
         teacher_temperature: q is proportional to the teacher's probabilities to the power 1 / teacher_temperature,
             whichever kind of teacher it is.
         scale_by_temperature_squared: whether ``alpha`` is multiplied by ``temperature**2``.
@@ -96,7 +97,7 @@ def kd_loss(
         TypeError: an argument of a wrong type.
 
     Memory: the gradient and O(N) beyond the inputs (TopK and LabelPrior: O(N k)). The inputs are kept for a second
-    backward pass. Only the reference has a second derivative.
+    backward pass. Only the reference has a second or a forward-mode derivative, and works under torch.func.
 
     Equivalent to: ``(1 - alpha) * F.cross_entropy(s, labels) + alpha * T**2 * F.kl_div(log_softmax(s / T),
     log_softmax(t / T), log_target=True, reduction="batchmean")`` for logits s, t [N, V] without ignored labels.
@@ -123,6 +124,7 @@ def kd_loss(
             divergence=divergence, jsd_beta=jsd_beta, label_smoothing=label_smoothing, z_loss=z_loss,
             ignore_index=ignore_index, weights=weights, reduction=reduction,
         )  # fmt: skip
+    refuse_forward_mode("kd_loss", student_logits)
 
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     labels, coefficient = row_coefficients(labels, weights, ignore_index, reduction, student_logits, dtype)
@@ -193,6 +195,14 @@ def choose_impl(impl: str, student: Tensor, teacher) -> str:
     return "compiled"
 
 
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Refuse dual tensors: a torch.library op without a forward-mode formula drops their tangents without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f'{name} has no forward-mode derivative; use impl="reference" for one')
+
+
 def check_options(
     alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing,
     z_loss, ignore_index, reduction, impl,
@@ -203,14 +213,16 @@ def check_options(
     check_choice(reduction, "reduction", REDUCTIONS)
     check_number(alpha, "alpha", minimum=0, maximum=1)
     check_number(temperature, "temperature", minimum=0, exclusive=True)
+    # float32 holds temperature**2, and logits divided by it, within these
+    check_number(temperature, "temperature", minimum=1e-18, maximum=1e18)
     if teacher_temperature is not None:
         check_number(teacher_temperature, "teacher_temperature", minimum=0, exclusive=True)
+        check_number(teacher_temperature, "teacher_temperature", minimum=1e-18, maximum=1e18)
     if divergence == "jsd":
         check_number(jsd_beta, "jsd_beta", minimum=0, maximum=1, exclusive=True)
     check_number(label_smoothing, "label_smoothing", minimum=0, maximum=1)
     check_number(z_loss, "z_loss", minimum=0)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    check_number(ignore_index, "ignore_index", integer=True)
     return KernelOptions(
         divergence=DIVERGENCES.index(divergence),
         hard=1.0 - alpha,

@@ -87,7 +87,9 @@ def kd_loss(
     losses = student.new_zeros(rows)
     if alpha < 1:
         log_p = log_softmax(student, 1.0)
-        nll = (1 - label_smoothing) * -log_p.gather(-1, labels.clamp(0, vocab_size - 1)[:, None]).squeeze(-1)
+        nll = student.new_zeros(rows)  # 0 * inf is 0: a term with factor 0 is left out, where torch gives NaN
+        if label_smoothing < 1:
+            nll = (1 - label_smoothing) * -log_p.gather(-1, labels.clamp(0, vocab_size - 1)[:, None]).squeeze(-1)
         if label_smoothing > 0:
             nll = nll + label_smoothing * -log_p.mean(-1)
         if z_loss > 0:

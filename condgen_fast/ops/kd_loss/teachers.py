@@ -43,7 +43,8 @@ class TopK:
     tail: str = "drop"
 
     def __post_init__(self) -> None:
-        check_tensor(self.ids, "ids", shape="... k", dtypes=ID_DTYPES)
+        if check_tensor(self.ids, "ids", shape="... k", dtypes=ID_DTYPES)["k"] == 0:
+            raise ValueError(f"ids must list at least one token a row; got shape {list(self.ids.shape)}")
         check_tensor(self.log_probs, "log_probs", shape="... k", dtypes=FLOAT_DTYPES, device=self.ids.device)
         check_choice(self.tail, "tail", TAILS)
         if self.ids.shape != self.log_probs.shape:
@@ -75,6 +76,8 @@ class LabelPrior:
 
     def __post_init__(self) -> None:
         sizes = check_tensor(self.ids, "ids", shape="V k", dtypes=ID_DTYPES)
+        if sizes["k"] == 0:
+            raise ValueError(f"ids must list at least one token a label; got shape {list(self.ids.shape)}")
         check_tensor(self.weights, "weights", shape="... k", dtypes=FLOAT_DTYPES, device=self.ids.device)
         check_number(self.floor, "floor", minimum=0)
         if self.weights.shape not in ((sizes["k"],), tuple(self.ids.shape)):

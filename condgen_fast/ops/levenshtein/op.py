@@ -15,6 +15,7 @@ __all__ = ["AppliedEdits", "EditLabels", "apply_edits", "edit_distance", "edit_o
 _IMPLS = ("auto", "reference")
 _SLOTS = ("kept", "source")
 _COSTS = ("levenshtein", "indel")
+_MOST_INSERTED = 2**31  # a row longer than that is a mistake, and sums of larger counts could overflow
 _SCORE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -148,8 +149,9 @@ def apply_edits(
     check_choice(impl, "impl", _IMPLS)
     sizes = check_token_ids(tokens, "tokens", shape="B S")
     batch, width = sizes["B"], sizes["S"]
+    limits = torch.iinfo(tokens.dtype)
     for value, name in ((pad_id, "pad_id"), (bos_id, "bos_id"), (eos_id, "eos_id"), (mask_id, "mask_id")):
-        check_number(value, name, integer=True)
+        check_number(value, name, minimum=limits.min, maximum=limits.max, integer=True)
         if value == pad_id and name != "pad_id":
             raise ValueError(f"{name} must differ from pad_id; got {value} for both")
     if max_length is not None:
@@ -193,13 +195,17 @@ def _longest_result(
         keep &= ~delete | (tokens == bos_id) | (tokens == eos_id)
     kept = keep.sum(1)
     in_use = torch.arange(insert.shape[1], device=insert.device) < kept[:, None] - 1
-    return int((kept + (insert.clamp(min=0) * in_use).sum(1)).max())
+    longest = int((kept + (insert.clamp(0, _MOST_INSERTED) * in_use).sum(1)).max())
+    if longest > _MOST_INSERTED:
+        raise ValueError(f"insert must ask for fewer than {_MOST_INSERTED} tokens a row; got {longest}")
+    return longest
 
 
 def _check_pair(first: Tensor, first_name: str, second: Tensor, second_name: str, pad_id: int) -> None:
     batch = check_token_ids(first, first_name, shape="B S")["B"]
     check_tensor(second, second_name, shape="B T", dtypes=(first.dtype,), device=first.device, sizes={"B": batch})
-    check_number(pad_id, "pad_id", integer=True)
+    limits = torch.iinfo(first.dtype)
+    check_number(pad_id, "pad_id", minimum=limits.min, maximum=limits.max, integer=True)
 
 
 @_library.register_fake("edit_oracle")

@@ -52,7 +52,7 @@ def _row_stats_kernel(
         row = tl.load(rows + n)
     inside = (row >= 0) & (row < height)
     start = logits + row * stride
-    # a row that is not there has no columns; a mask of vector & scalar would not do: the interpreter splats int1 as int32
+    # A row that is not there has no columns. (No mask of vector & scalar: the interpreter makes int32 of a splat int1.)
     columns = tl.where(inside, width, 0)
     offset = tl.arange(0, BLOCK)
     nothing = float("-inf")
