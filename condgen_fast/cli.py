@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str | None, str]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command -> exit status.
 
-    0; 1 for an error of its input, 2 for a wrong command line, 130 after Ctrl-C, 141 when the reader of its output left.
+    0; 1 for an error of its input, 2 for a wrong command line, 130 after Ctrl-C, 141 when its output has no reader.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
