@@ -1,6 +1,5 @@
-"""Refinement ops against torch eager and against one read of the logits; each result is checked before it is timed.
+"""Refinement ops against torch and against one read of the logits: pytest benchmarks/bench_refinement.py
 
-Run: `pytest benchmarks/bench_refinement.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds`.
 The floor of row_stats is torch.amax: it reads every logit once and does nothing else worth time.
 """
 
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from condgen_fast.ops.refinement import RowStats, commit, remask, row_stats
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(32, 32000), (2048, 32000), (256, 128256)]  # [N, V]
-CANVASES = [(8, 64), (64, 64), (64, 512)]  # [B, T]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = [(32, 32000), (2048, 32000), (256, 128256)]
+CANVASES = [(8, 64), (64, 64), (64, 512)]
+
+canvases = pytest.mark.parametrize(("B", "T"), CANVASES, ids=[f"B{B}-T{T}" for B, T in CANVASES])
 
 
 def eager_row_stats(logits: Tensor) -> RowStats:
@@ -24,15 +24,32 @@ def eager_row_stats(logits: Tensor) -> RowStats:
     return RowStats(p.argmax(-1), top[:, 0].log(), top[:, 0] - top[:, 1], torch.special.entr(p).sum(-1))
 
 
+def careful_row_stats(logits: Tensor) -> RowStats:
+    """One search for the top two, and the entropy from log_softmax in place: two temporaries instead of five."""
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    top, tokens = logits.topk(2)
+    top = log_p.gather(1, tokens)
+    margin = top[:, 0].exp() - top[:, 1].exp()
+    return RowStats(tokens[:, 0], top[:, 0], margin, -log_p.mul_(log_p.exp()).sum(-1))
+
+
 def eager_draw(logits: Tensor) -> tuple[Tensor, Tensor]:
     p = logits.float().softmax(-1)
     token = torch.multinomial(p, 1)
     return token, p.gather(1, token).log()
 
 
+def careful_draw(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest of exponential variables with rates p: what decoding loops use instead of multinomial."""
+    p = logits.softmax(-1, dtype=torch.float32)
+    token = (torch.empty_like(p).exponential_() / p).argmin(-1, keepdim=True)
+    return token, p.gather(1, token).log()
+
+
 def eager_remask(scores: Tensor, count: Tensor, maskable: Tensor) -> Tensor:
     order = scores.masked_fill(~maskable, torch.inf).argsort(dim=1, stable=True)
-    return torch.zeros_like(maskable).scatter_(1, order, torch.arange(scores.shape[1], device=DEVICE) < count[:, None])
+    chosen = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
+    return torch.zeros_like(maskable).scatter_(1, order, chosen)
 
 
 def eager_threshold(stats: RowStats, canvas: Tensor, maskable: Tensor, threshold: float) -> Tensor:
@@ -42,67 +59,62 @@ def eager_threshold(stats: RowStats, canvas: Tensor, maskable: Tensor, threshold
     return torch.where(chosen & maskable, stats.token, canvas)
 
 
-def timed(benchmark, group: str, call):
-    def run():
-        result = call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    benchmark.group = group
-    benchmark.extra_info.update(torch=torch.__version__, threads=torch.get_num_threads(), device=DEVICE)
-    benchmark.pedantic(run, rounds=7, warmup_rounds=2)
-
-
-@pytest.mark.parametrize("what", ["row_stats", "row_stats drawing", "eager", "eager drawing", "amax (floor)"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_row_stats(benchmark, shape, dtype, what):
+@pytest.mark.parametrize("variant", ["greedy", "draw"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "V"), SHAPES, ids=[f"N{N}-V{V}" for N, V in SHAPES])
+def test_row_stats(compare, device, N, V, dtype, variant):
     torch.manual_seed(0)
-    logits = (torch.randn(shape, device=DEVICE) * 3).to(dtype)
-    got, want = row_stats(logits), eager_row_stats(logits)
-    tied = want.margin == 0
-    assert torch.equal(got.token[~tied], want.token[~tied])
-    for name in ("log_prob", "margin", "entropy"):
-        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5)
-    call = {
-        "row_stats": lambda: row_stats(logits),
-        "row_stats drawing": lambda: row_stats(logits, temperature=1.0),
-        "eager": lambda: eager_row_stats(logits),
-        "eager drawing": lambda: eager_draw(logits),
-        "amax (floor)": lambda: torch.amax(logits, -1),
-    }[what]
-    timed(benchmark, f"row_stats {shape} {dtype}", call)
+    logits = (torch.randn(N, V, device=device) * 3).to(DTYPES[dtype])
+    floor = ("torch.amax", lambda: torch.amax(logits, -1))
+    case = f"{variant} N{N} V{V} {dtype}"
+    if variant == "greedy":
+        want = eager_row_stats(logits)
+        tied = want.margin == 0
+        for got in (row_stats(logits), careful_row_stats(logits)):
+            assert torch.equal(got.token[~tied], want.token[~tied])
+            for name in ("log_prob", "margin", "entropy"):
+                torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5)
+        peers = {"eager torch": lambda: eager_row_stats(logits), "careful torch": lambda: careful_row_stats(logits)}
+        compare("row_stats", case, lambda: row_stats(logits), peers=peers, floor=floor)
+    else:
+        drawn = row_stats(logits, temperature=1.0)
+        log_p = logits.log_softmax(-1, dtype=torch.float32)
+        torch.testing.assert_close(drawn.log_prob, log_p.gather(1, drawn.token[:, None])[:, 0], rtol=1e-4, atol=1e-5)
+        peers = {"eager torch": lambda: eager_draw(logits), "careful torch": lambda: careful_draw(logits)}
+        compare("row_stats", case, lambda: row_stats(logits, temperature=1.0), peers=peers, floor=floor)
 
 
-@pytest.mark.parametrize("what", ["remask", "eager"])
-@pytest.mark.parametrize("shape", CANVASES, ids=str)
-def test_remask(benchmark, shape, what):
+@canvases
+def test_remask(compare, device, B, T):
     torch.manual_seed(1)
-    scores = torch.rand(shape, device=DEVICE).log()
-    maskable = torch.arange(shape[1], device=DEVICE) < torch.randint(1, shape[1] + 1, (shape[0], 1), device=DEVICE)
+    scores = torch.rand(B, T, device=device).log()
+    maskable = torch.arange(T, device=device) < torch.randint(1, T + 1, (B, 1), device=device)
     count = maskable.sum(1) // 2
-    assert torch.equal(remask(scores, count, maskable=maskable), eager_remask(scores, count, maskable))
-    call = {
-        "remask": lambda: remask(scores, count, maskable=maskable),
-        "eager": lambda: eager_remask(scores, count, maskable),
-    }[what]
-    timed(benchmark, f"remask {shape}", call)
+
+    def ours() -> Tensor:
+        return remask(scores, count, maskable=maskable)
+
+    def eager() -> Tensor:
+        return eager_remask(scores, count, maskable)
+
+    assert torch.equal(ours(), eager())
+    compare("remask", f"B{B} T{T}", ours, peers={"eager torch": eager})
 
 
-@pytest.mark.parametrize("what", ["commit", "eager"])
-@pytest.mark.parametrize("shape", CANVASES, ids=str)
-def test_commit_by_threshold(benchmark, shape, what):
+@canvases
+def test_commit_by_threshold(compare, device, B, T):
     torch.manual_seed(2)
-    p = torch.rand(shape, device=DEVICE)
-    stats = RowStats(torch.randint(0, 100, shape, device=DEVICE), p.log(), p, p)
-    canvas = torch.full(shape, 100, device=DEVICE)
-    maskable = torch.rand(shape, device=DEVICE) < 0.6
+    p = torch.rand(B, T, device=device)
+    stats = RowStats(torch.randint(0, 100, (B, T), device=device), p.log(), p, p)
+    canvas = torch.full((B, T), 100, device=device)
+    maskable = torch.rand(B, T, device=device) < 0.6
     maskable[:, 0] = True
 
     def ours() -> Tensor:
         return commit(stats, canvas, maskable=maskable, policy="threshold", threshold=0.9).tokens
 
-    assert torch.equal(ours(), eager_threshold(stats, canvas, maskable, 0.9))
-    call = {"commit": ours, "eager": lambda: eager_threshold(stats, canvas, maskable, 0.9)}[what]
-    timed(benchmark, f"commit {shape}", call)
+    def eager() -> Tensor:
+        return eager_threshold(stats, canvas, maskable, 0.9)
+
+    assert torch.equal(ours(), eager())
+    compare("commit", f"threshold B{B} T{T}", ours, peers={"eager torch": eager})
