@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     words = 2 if arguments[0] == "train" and len(arguments) > 1 else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
+    if arguments[0] == "train" and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print(_help(only="train "))
+        return 0 if len(arguments) > 1 else 2
     if name not in COMMANDS:
         nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.3)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -68,9 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _help() -> str:
+def _help(only: str = "") -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items() if name.startswith(only)]
     return "usage: condgen-fast COMMAND [options]      (condgen-fast COMMAND --help lists them)\n\n" + "\n".join(lines)
 
 

@@ -7,6 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise the OSError that writing this file would end with, as far as its folder can tell."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be a file; it is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist")
+    if not os.access(path.parent, os.W_OK) and not (path.exists() and not path.is_file()):
+        raise PermissionError(f"{path} cannot be written: its folder is read-only")
+
+
 def write_atomically(path: str | Path, chunks: Iterable[bytes]) -> None:
     """Write bytes to a file that appears under its name only once it is complete on disk.
 
@@ -18,6 +29,7 @@ def write_atomically(path: str | Path, chunks: Iterable[bytes]) -> None:
         with open(path, "wb") as file:
             file.writelines(chunks)
         return
+    check_writable(path)
     fresh = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
         with open(fresh, "wb") as file:

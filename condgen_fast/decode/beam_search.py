@@ -82,7 +82,7 @@ class BeamSearch:
 
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
         B, K, device = source.shape[0], self.beam_size, source.device
-        limits = target_limits(model, source_lengths, self.max_length)
+        limits = target_limits(model, source_lengths, self.max_length, self.min_length)
         limit_steps = set(limits.tolist())
         longest = max(limit_steps)
         norms = self._norms(longest, device)

@@ -26,14 +26,14 @@ def predict(model: FillModel | EditModel, tokens: Tensor, memory: object, positi
     tokens: int64 [B, L]; positions: int64 [N], indices into the flattened canvas. Returns int64 [N] and float32 [N].
     bos, eos, pad and mask are never predicted: their probability is shared out among the other tokens (unk is one of
     these). Where a model leaves no other token any probability, the lowest ordinary id comes with log-probability -inf.
-    A model that offers `hidden(tokens, memory)` [B, L, D] and `project(hidden)` has only `positions` projected to the
-    vocabulary; of any other model all of `fill(tokens, memory)` is computed and the rest left unread.
+    A model that offers `fill_states` has only `positions` projected to the vocabulary; of any other model all of
+    `fill(tokens, memory)` is computed and the rest left unread.
 
     Equivalent to: ``logits = model.fill(tokens, memory).flatten(0, 1)[positions]``, then
     ``logits.index_fill(1, specials, -inf).log_softmax(1).max(1)``.
     """
-    if hasattr(model, "hidden") and hasattr(model, "project"):
-        states, project = model.hidden(tokens, memory).flatten(0, 1), model.project
+    if hasattr(model, "fill_states"):
+        states, project = model.fill_states(tokens, memory).flatten(0, 1), model.project
     else:
         states, project = model.fill(tokens, memory).flatten(0, 1), None
     specials = sorted({model.bos_id, model.eos_id, model.pad_id, model.mask_id})

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condgen_fast._check import check_token_ids
+
 
 def adapt(model: nn.Module, *, forced_bos_id: int | None = None) -> HuggingFaceModel:
     """A `transformers` encoder-decoder with a language-model head as a `StepModel`; its weights stay where they are.
@@ -70,6 +72,12 @@ class HuggingFaceModel(nn.Module):
         return next(self.model.parameters()).device
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> _Memory:
+        known = self.model.get_input_embeddings().num_embeddings
+        check_token_ids(source, "source", shape="B S", vocab_size=known)
+        if self.max_positions is not None and source.shape[1] > self.max_positions:
+            raise ValueError(
+                f"source must have at most the model's {self.max_positions} positions; got {source.shape[1]} tokens"
+            )
         positions = torch.arange(source.shape[1], device=source.device)
         mask = (positions < source_lengths[:, None]).long()
         hidden = self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True).last_hidden_state

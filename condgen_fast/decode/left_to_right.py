@@ -15,13 +15,13 @@ from condgen_fast.decode.hypotheses import Hypotheses
 STEPS_BETWEEN_CHECKS = 8
 
 
-def target_limits(model: Any, source_lengths: Tensor, max_length: int | None) -> Tensor:
-    """Longest target of each sentence [B] int64, eos included: `max_length`, or 2 * source length + 10 capped by
-    `model.max_positions` where the model has one.
+def target_limits(model: Any, source_lengths: Tensor, max_length: int | None, min_length: int = 0) -> Tensor:
+    """Longest target of each sentence [B] int64, eos included: `max_length`, or 2 * source length + 10 (but no less
+    than `min_length`) capped by `model.max_positions` where the model has one.
     """
     most = getattr(model, "max_positions", None)
     if max_length is None:
-        limits = 2 * source_lengths + 10
+        limits = (2 * source_lengths + 10).clamp(min=min_length)
         return limits if most is None else limits.clamp(max=most)
     if most is not None and max_length > most:
         raise ValueError(f"max_length must be at most model.max_positions = {most}; got {max_length}")

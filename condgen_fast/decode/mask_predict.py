@@ -119,8 +119,9 @@ class MaskPredict:
     def _candidate_lengths(self, model: FillModel, memory: object) -> tuple[Tensor, Tensor]:
         """The most probable lengths [B, K], best first (ties: the shorter), and whether each is possible at all."""
         logits = model.length_logits(memory)[:, 1:]  # of lengths 1, 2, …
-        if hasattr(model, "max_positions"):
-            logits = logits[:, : max(model.max_positions - 2, 0)]
+        longest = getattr(model, "max_positions", None)
+        if longest is not None:
+            logits = logits[:, : max(longest - 2, 0)]
         if logits.shape[1] == 0:
             raise ValueError(
                 "length_logits must score a length of at least 1 that fits the model's positions; got none"

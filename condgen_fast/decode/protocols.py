@@ -3,7 +3,9 @@
 `memory` (the encoded source) and `state` (a decoder's cache) are the model's own business; strategies only hand them
 back. `source` is right-padded with `pad_id`; `source_lengths` says where each sentence ends and is never 0.
 Two optional attributes are used where a model has them: `max_positions` (int, the longest target it can decode, eos
-included) and `device` (where `source` is put; without it, where the model's first parameter is).
+included) and `device` (where `source` is put; without it, where the model's first parameter is). A FillModel or
+EditModel may offer `fill_states(tokens, memory)` [B, L, D] with `project(states)` [..., V], which together are `fill`:
+then only the positions that are read are projected to the vocabulary.
 """
 
 from __future__ import annotations

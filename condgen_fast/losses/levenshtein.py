@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from condgen_fast._check import check_number
 from condgen_fast.data.batching import ParallelBatch
 from condgen_fast.losses.cmlm import mask_uniformly
 from condgen_fast.models.levenshtein import LevenshteinTransformer
@@ -47,6 +48,8 @@ def levenshtein_loss(
     deletion from the model's own insertion on the same canvas (or the initial sequence, `policy.alpha`).
     """
     policy = policy or Policy()
+    for name, share in policy._asdict().items():
+        check_number(share, name, minimum=0, maximum=1)
     target, ids = batch.target, _ids(model)
     memory = model.encode(batch.source, batch.source_lengths)
     inner = (target != model.pad_id) & (target != model.bos_id) & (target != model.eos_id)
@@ -66,11 +69,13 @@ def levenshtein_loss(
     insertion = kd_loss(insert_logits, None, slots[real_slot], alpha=0.0, label_smoothing=0.01)
 
     masked = oracle.masked
-    logits = model.project(model.hidden(target.masked_fill(masked, model.mask_id), memory)[masked])
+    logits = model.project(model.fill_states(target.masked_fill(masked, model.mask_id), memory)[masked])
     token = kd_loss(logits, None, target[masked], alpha=0.0, label_smoothing=label_smoothing)
 
     rollin = target.clone()
-    rollin[masked] = logits.detach().argmax(-1)
+    choice = logits.detach().clone()  # as in decoding, no special token is written
+    choice[:, sorted(set(ids.values()))] = -torch.inf
+    rollin[masked] = choice.argmax(-1)
     if policy.alpha > 0:
         rollin = _choose(_rows(target, policy.alpha), initial, rollin, model.pad_id)
     delete = edit_oracle(rollin, target, pad_id=model.pad_id).delete

@@ -81,9 +81,9 @@ def save_model(
         tensors = weights(model)
         if dtype is not None:
             tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        save_file(tensors, fresh / "model.safetensors")
+        _write_tensors(tensors, fresh / "model.safetensors")
         if extra is not None:
-            save_file(dict(extra), fresh / "training.safetensors")
+            _write_tensors(extra, fresh / "training.safetensors")
         for file in fresh.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
             shutil.copymode(fresh / "config.json", file)
         if state is not None:
@@ -102,6 +102,13 @@ def save_model(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # a full disk; no OSError by itself
+        raise OSError(f"{path.parent.parent} could not take {path.name}: {error}") from error
+
+
 def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[EncoderDecoder, Vocabulary]:
     """Read a model folder, or a shipped model by its name -> the model in eval mode and its vocabulary.
 
@@ -116,7 +123,8 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> tup
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model folder {folder} must contain {name}; it does not")
     config = _read_config(folder / "config.json")
-    model_class = MODELS.get(config.pop("model", None))
+    name = config.pop("model", None)
+    model_class = MODELS.get(name) if isinstance(name, str) else None
     if model_class is None:
         raise ValueError(f"{folder / 'config.json'}: model must be one of {', '.join(MODELS)}")
     fingerprint = config.pop("vocabulary", None)

@@ -41,13 +41,13 @@ class CMLM(EncoderDecoder):
         legal = (index >= 0) & (index <= 2 * radius) & (lengths >= 1)
         return offsets.gather(1, index.clamp(0, 2 * radius)).masked_fill(~legal, -torch.inf)
 
-    def hidden(self, tokens: Tensor, memory: Memory) -> Tensor:
+    def fill_states(self, tokens: Tensor, memory: Memory) -> Tensor:
         """Decoder states [B, L, D] of a canvas [B, L] bos … eos, padded on the right."""
         return self.decoder(tokens, memory, (tokens != self.pad_id)[:, None, None, :], causal=False)
 
     def fill(self, tokens: Tensor, memory: Memory) -> Tensor:
         """canvas [B, L] -> logits [B, L, V] of every position."""
-        return self.project(self.hidden(tokens, memory))
+        return self.project(self.fill_states(tokens, memory))
 
     def select(self, memory: Memory, rows: Tensor) -> Memory:
         """rows [R], repeats allowed -> the memory of those sentences."""
@@ -56,4 +56,4 @@ class CMLM(EncoderDecoder):
     def forward(self, source: Tensor, source_lengths: Tensor, canvas: Tensor) -> tuple[Tensor, Tensor]:
         """Training pass: decoder states [B, L, D] of the canvas and length offset logits [B, 2R+1]."""
         memory = self.encode(source, source_lengths)
-        return self.hidden(canvas, memory), self.length_offset_logits(memory)
+        return self.fill_states(canvas, memory), self.length_offset_logits(memory)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from condgen_fast._check import check_number, check_token_ids
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -37,6 +39,16 @@ class TransformerConfig:
     mask_id: int = 4
 
     def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "width",
+            "feed_forward",
+            "encoder_layers",
+            "decoder_layers",
+            "heads",
+            "max_positions",
+        ):
+            check_number(getattr(self, name), name, minimum=1, integer=True)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads={self.heads}; got {self.width}")
         for name, choices in (
@@ -320,6 +332,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> Memory:
         """source [B, S] int64, source_lengths [B] -> the memory that decoding reads, once per sentence."""
+        check_token_ids(source, "source", shape="B S", vocab_size=self.vocab_size)
         states, mask = self.encoder(source, source_lengths)
         return Memory(states, mask, self.decoder.remember(states))
 

@@ -87,13 +87,13 @@ class LevenshteinTransformer(EncoderDecoder):
         hidden = self._states(decoder, tokens, memory, memory.insertion_cross, self.config.insertion_layers)
         return self.insertion_head(torch.cat([hidden[:, :-1], hidden[:, 1:]], dim=-1))
 
-    def hidden(self, tokens: Tensor, memory: EditMemory) -> Tensor:
+    def fill_states(self, tokens: Tensor, memory: EditMemory) -> Tensor:
         """Decoder states [B, L, D] that `project` turns into token logits."""
         return self._states(self.decoder, tokens, memory, memory.cross, None)
 
     def fill(self, tokens: Tensor, memory: EditMemory) -> Tensor:
         """canvas [B, L] with placeholders -> logits [B, L, V] of every position."""
-        return self.project(self.hidden(tokens, memory))
+        return self.project(self.fill_states(tokens, memory))
 
     def select(self, memory: EditMemory, rows: Tensor) -> EditMemory:
         """rows [R], repeats allowed -> the memory of those sentences."""

@@ -12,9 +12,9 @@ What is done is kept in OUTPUT.parts: a run that was stopped goes on where it wa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from condgen_fast.data.distilled import DistilledCorpus
 from condgen_fast.data.text import read_lines
 from condgen_fast.models.checkpoint import fingerprint, load_model
 from condgen_fast.recipes.evaluation import DecodingOptions, batches_by_length, translate_batch
-from condgen_fast.recipes.training import start_process_group
+from condgen_fast.recipes.training import choose_device, start_process_group
 
 
 @dataclass(kw_only=True)
@@ -42,8 +42,8 @@ class Distill(DecodingOptions):
 
 
 def main(options: Distill) -> None:
-    rank, world_size = start_process_group()
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world_size = start_process_group(timedelta(days=7))  # shards end at different times
+    device = choose_device(options.device)
     model, vocabulary = load_model(options.model, device=device)
     strategy, choices = options.strategy_for(model)
     sources = read_lines(options.source)
@@ -56,12 +56,14 @@ def main(options: Distill) -> None:
     longest = model.max_positions - 1
     kept = [k for k, ids in enumerate(encoded) if 0 < len(ids) <= longest]
     # Lines the teacher cannot read stay empty, and training leaves them out; the output keeps its line numbers.
+    if len(kept) < len(missing):
+        print(
+            f"{len(missing) - len(kept)} lines are empty or have more than {longest} tokens; their translation is empty"
+        )
     corpus.append(sorted(set(missing) - {missing[k] for k in kept}), [""] * (len(missing) - len(kept)))
     with tqdm(total=len(missing), initial=len(missing) - len(kept), unit="sentence", disable=rank != 0) as bar:
         for batch in batches_by_length([len(encoded[k]) for k in kept], options.max_tokens):
             rows = [kept[i] for i in batch]
-            if "seed" in choices:  # a batch's draws do not depend on how often the run was stopped
-                choices["seed"] = options.seed * 1_000_003 + missing[rows[0]]
             tokens, _ = translate_batch(model, [encoded[k] for k in rows], strategy, **choices)
             corpus.append([missing[k] for k in rows], vocabulary.decode(tokens))
             bar.update(len(rows))

@@ -10,13 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from condgen_fast.data.text import read_parallel
 from condgen_fast.metrics.bleu import bleu, chrf, ter
 from condgen_fast.metrics.repetition import repeated_token_rate
 from condgen_fast.models.checkpoint import load_model
 from condgen_fast.recipes.evaluation import DecodingOptions, translate_lines
+from condgen_fast.recipes.training import choose_device
 
 
 @dataclass(kw_only=True)
@@ -33,6 +32,8 @@ class Evaluate(DecodingOptions):
     """translations to score instead of a model's"""
     max_tokens: int = 4096
     """padded source tokens decoded at a time"""
+    truncate: bool = False
+    """leave out the end of a line that is longer than the model's positions, instead of stopping"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda"""
 
@@ -45,12 +46,12 @@ def main(options: Evaluate) -> None:
     else:
         if options.source is None:
             raise ValueError("source must be given with a model; got none")
-        device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(options.device)
         model, vocabulary = load_model(options.model, device=device)
         sources, references = read_parallel(options.source, options.reference)
         strategy, choices = options.strategy_for(model)
         outputs = translate_lines(
-            model, vocabulary, sources, strategy, max_tokens=options.max_tokens,
+            model, vocabulary, sources, strategy, max_tokens=options.max_tokens, truncate=options.truncate,
             progress=sys.stderr.isatty(), **choices,
         )  # fmt: skip
     for score in (bleu(outputs, references), chrf(outputs, references), ter(outputs, references)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from tqdm import tqdm
 
+from condgen_fast._check import check_number
 from condgen_fast.data.batching import ParallelDataset, pad_sequences
 from condgen_fast.data.vocabulary import Vocabulary
 from condgen_fast.decode import Hypotheses, decode
@@ -55,6 +56,7 @@ class DecodingOptions:
 
 def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of at most `max_tokens` padded tokens, longest first: the memory needed shows at once."""
+    check_number(max_tokens, "max_tokens", minimum=1, integer=True)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         rows = max(1, max_tokens // max(lengths[order[0]], 1))

@@ -30,11 +30,11 @@ train transformer teacher --target "$text/train.de" --vocabulary-size 4000 --dro
 student=(--target "$runs/distilled.de" --vocabulary "$runs/teacher/vocab.model" --dropout 0.1 --warmup 500)
 levenshtein=(--full-mask 0.2)
 train cmlm cmlm-1 "${student[@]}" --initialize-from "$runs/teacher" --updates 3000 --average 1 --learning-rate 1e-3
-train cmlm cmlm-2 "${student[@]}" --initialize-from "$runs/cmlm-1" --updates CMLM_UPDATES --learning-rate 2e-3
+train cmlm cmlm-2 "${student[@]}" --initialize-from "$runs/cmlm-1" --updates 6500 --learning-rate 2e-3
 train levenshtein levenshtein-1 "${student[@]}" "${levenshtein[@]}" --initialize-from "$runs/teacher" \
   --updates 2000 --average 1 --learning-rate 1e-3
 train levenshtein levenshtein-2 "${student[@]}" "${levenshtein[@]}" --initialize-from "$runs/levenshtein-1" \
-  --updates LEVENSHTEIN_UPDATES --learning-rate 2e-3
+  --updates 5000 --learning-rate 2e-3
 
 python - "$checkout/condgen_fast/models/weights" "$runs" <<'PYTHON'
 import sys

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from condgen_fast._check import check_number
 from condgen_fast.decode import MaskPredict
 from condgen_fast.losses.cmlm import cmlm_loss
 from condgen_fast.models.cmlm import CMLM, CMLMConfig
@@ -33,6 +34,7 @@ class TrainCMLM(ModelOptions, TrainingOptions):
 
 
 def main(options: TrainCMLM) -> None:
+    check_number(options.length_weight, "length_weight", minimum=0)
     vocabulary, train, valid = prepare_data(options)
     torch.manual_seed(options.seed)
     model = CMLM(CMLMConfig(**options.model_fields(), vocab_size=len(vocabulary)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from condgen_fast.data.batching import ParallelBatch
-from condgen_fast.models.checkpoint import load_model
+from condgen_fast.models.checkpoint import kind, load_model
 from condgen_fast.models.layers import TransformerConfig
 from condgen_fast.models.transformer import Transformer
 from condgen_fast.ops import kd_loss
@@ -44,6 +44,10 @@ def main(options: TrainTransformer) -> None:
     teacher = None
     if options.teacher is not None:
         teacher, teacher_vocabulary = load_model(options.teacher)
+        if kind(teacher) != "transformer":
+            raise ValueError(
+                f"teacher must be an autoregressive transformer; got a {kind(teacher)} in {options.teacher}"
+            )
         if teacher_vocabulary.fingerprint != vocabulary.fingerprint:
             raise ValueError(f"teacher {options.teacher} has another vocabulary; pass --vocabulary from its folder")
 

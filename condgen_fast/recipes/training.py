@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from condgen_fast._check import check_number
 from condgen_fast.data.batching import ParallelBatch, ParallelDataset, token_batches
 from condgen_fast.data.text import read_parallel
 from condgen_fast.data.vocabulary import Vocabulary
@@ -85,8 +88,10 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_tokens", "updates", "warmup", "save_every", "average"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            check_number(getattr(self, name), name, minimum=1, integer=True)
+        for name in ("learning_rate", "clip"):
+            check_number(getattr(self, name), name, minimum=0, exclusive=True)
+        check_number(self.weight_decay, "weight_decay", minimum=0)
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16; got {self.precision!r}")
         if not 0 <= self.label_smoothing < 1:
@@ -143,12 +148,21 @@ def inverse_square_root(update: int, peak: float, warmup: int) -> float:
     return peak * min(update / warmup, math.sqrt(warmup / update))
 
 
-def start_process_group() -> tuple[int, int]:
+def choose_device(name: str) -> str:
+    """The device an option names: "cpu", "cuda", or "auto" for a GPU where torch sees one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda; got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be auto or cpu where torch sees no GPU; got 'cuda'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def start_process_group(timeout: timedelta | None = None) -> tuple[int, int]:
     """(rank, world size), joining the group torchrun describes; (0, 1) outside torchrun."""
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return dist.get_rank(), dist.get_world_size()
@@ -174,9 +188,11 @@ class Run:
     def __init__(self, options: TrainingOptions, model: EncoderDecoder, vocabulary: Vocabulary, loss: Callable):
         self.options, self.vocabulary = options, vocabulary
         self.rank, self.world_size = start_process_group()
-        self.device = torch.device(
-            options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        if options.max_length + 1 > model.max_positions:
+            raise ValueError(
+                f"max_length must be below the model's {model.max_positions} positions; got {options.max_length}"
+            )
+        self.device = torch.device(choose_device(options.device))
         self.model = model.to(self.device)
         bf16 = options.precision == "bf16" or (options.precision == "auto" and self.device.type == "cuda")
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -214,7 +230,7 @@ class Run:
                 if not plan:
                     raise ValueError("the training text has no pair that fits max_length")
                 for indices in plan[skip:]:
-                    if self._interrupted or self.update >= options.updates:
+                    if self._stopping() or self.update >= options.updates:
                         break
                     torch.manual_seed(options.seed * 1_000_003 + self.update * self.world_size + self.rank)
                     yield data.batch(indices).to(self.device)
@@ -241,7 +257,7 @@ class Run:
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._bar.update()
         if self.update % 50 == 0 and self.rank == 0:
-            self._bar.set_postfix_str(f"loss {self._mean('loss', since_row=True):.3f} lr {rate:.2e}")
+            self._bar.set_postfix_str(f"loss {self._mean('loss'):.3f} lr {rate:.2e}")
         return self.update % options.save_every == 0 or self.update == options.updates
 
     @torch.no_grad()
@@ -285,10 +301,12 @@ class Run:
             for key, value in state.items()
         }
         state = {"update": self.update, "seconds": self._seconds, "rows": self.rows, "options": _plain(self.options)}
+        state |= {"text": self._text, "processes": self.world_size}
         folder = self._checkpoints / f"step-{self.update:08d}"
         save_model(folder, self.model, self.vocabulary, extra=moments, state=state)
-        for old in self.checkpoints()[: -self.options.average]:
-            shutil.rmtree(old)
+        for old in self.checkpoints()[: -self.options.average]:  # never half a folder under a checkpoint's name
+            old.rename(old.with_name(f".{old.name}.old"))
+            shutil.rmtree(old.with_name(f".{old.name}.old"))
         _write_csv(self.options.output / "log.csv", self.rows)
         draw_curve(self.rows, self.options.output / "curve.png")
 
@@ -297,21 +315,25 @@ class Run:
         return sorted(p for p in self._checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
     def finish(self) -> None:
-        """Write the mean of the kept checkpoints as the run's model; after an interruption only say how to go on."""
+        """Write the mean of the kept checkpoints as the run's model; KeyboardInterrupt if the run was stopped."""
         if self.world_size > 1:
             dist.barrier()
         if self._interrupted:
             if self.rank == 0:
                 print(f"stopped at update {self.update}; --resume goes on from the newest checkpoint")
-            return
+            raise KeyboardInterrupt
         if self.rank == 0:
-            average_checkpoints(self.model, self.checkpoints())
+            average_checkpoints(self.model, self.checkpoints()[-self.options.average :])
             save_model(self.options.output, self.model, self.vocabulary)
 
     def _prepare_folder(self) -> None:
         options = self.options
         self._checkpoints = options.output / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self._text = _digest(options.source, options.target, options.valid_source, options.valid_target)
+        if self.rank == 0:
+            for left_over in self._checkpoints.glob(".step-*"):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
         found = self.checkpoints()
         if found and not options.resume:
             raise ValueError(f"output {options.output} already holds a run; use --resume or another folder")
@@ -324,19 +346,34 @@ class Run:
         for name, value in _plain(self.options).items():
             if name not in free and state["options"].get(name) != value:
                 raise ValueError(f"resume: {name} was {state['options'].get(name)!r} in {folder}; got {value!r}")
+        trained_with = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocabulary"]
+        if state["text"] != self._text or trained_with != self.vocabulary.fingerprint:
+            raise ValueError(f"resume: the text or the vocabulary is not the one that {folder} was trained with")
+        if state["processes"] != self.world_size:
+            raise ValueError(f"resume: {folder} was trained by {state['processes']} processes; got {self.world_size}")
         load_weights(self.model, folder / "model.safetensors")
         moments = read_tensors(folder / "training.safetensors")
         for name, parameter in self.model.named_parameters():
             state_of = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 tensor = moments[f"{key}.{name}"]
-                state_of[key] = tensor.reshape(()) if key == "step" else tensor.to(self.device)
+                state_of[key] = (tensor.reshape(()) if key == "step" else tensor).to(self.device)
             self.optimiser.state[parameter] = state_of
         self.update, self.rows, self._seconds = state["update"], state["rows"], state["seconds"]
 
-    def _mean(self, name: str, since_row: bool = False) -> float:
+    def _mean(self, name: str) -> float:
         done = self.update - (self.rows[-1]["update"] if self.rows else 0)
         return float(self._sums[name]) / max(done, 1)
+
+    def _stopping(self) -> bool:
+        """Whether to stop here. Several processes agree on it every few updates, or one would wait for the others."""
+        if self.world_size > 1:
+            if self.update % 10:
+                return False
+            flag = torch.tensor(int(self._interrupted), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self._interrupted = bool(flag)
+        return self._interrupted
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
@@ -375,6 +412,8 @@ def prepare_data(options: TrainingOptions) -> tuple[Vocabulary, ParallelDataset,
         vocabulary = Vocabulary.train(source + target, options.vocabulary_size)
     train = ParallelDataset.encode(source, target, vocabulary, max_length=options.max_length)
     valid = ParallelDataset.encode(valid_source, valid_target, vocabulary, max_length=options.max_length)
+    if not len(valid):
+        raise ValueError(f"valid_source {options.valid_source} must have a pair that fits max_length; it has none")
     return vocabulary, train, valid
 
 
@@ -409,6 +448,16 @@ def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _digest(*paths: Path) -> str:
+    """SHA-256 of the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _plain(options: TrainingOptions) -> dict[str, object]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
+from condgen_fast.data.files import check_writable
 from condgen_fast.data.text import read_lines, write_lines
 from condgen_fast.models.checkpoint import load_model
 from condgen_fast.recipes.evaluation import DecodingOptions, translate_lines
+from condgen_fast.recipes.training import choose_device
 
 
 @dataclass(kw_only=True)
@@ -36,15 +35,13 @@ class Translate(DecodingOptions):
 
 
 def main(options: Translate) -> None:
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, vocabulary = load_model(options.model, device=device)
+    if options.output != "-":
+        check_writable(options.output)  # before the work, not after it
+    model, vocabulary = load_model(options.model, device=choose_device(options.device))
     lines = read_lines(options.input)
     strategy, choices = options.strategy_for(model)
     translations = translate_lines(
         model, vocabulary, lines, strategy, max_tokens=options.max_tokens, truncate=options.truncate,
         progress=sys.stderr.isatty(), **choices,
     )  # fmt: skip
-    if options.output == "-":
-        sys.stdout.writelines(line + "\n" for line in translations)
-    else:
-        write_lines(Path(options.output), translations)
+    write_lines(options.output, translations)

@@ -132,7 +132,7 @@ def test_only_the_masked_positions_are_projected_where_a_model_allows_it():
     class Model(RandomModel):
         projected: list[int] = []
 
-        def hidden(self, tokens, memory):
+        def fill_states(self, tokens, memory):
             return RandomModel.fill(self, tokens, memory)
 
         def project(self, hidden):
@@ -140,7 +140,7 @@ def test_only_the_masked_positions_are_projected_where_a_model_allows_it():
             return hidden
 
         def fill(self, tokens, memory):
-            raise AssertionError("hidden and project serve")
+            raise AssertionError("fill_states and project serve")
 
     source, strategy = [[3, 8], [5, 1, 2]], MaskPredict(iterations=4, length_beam=2)
     model = Model()

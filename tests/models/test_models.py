@@ -132,6 +132,8 @@ def test_empty_source_and_too_long_source():
     assert logits.isfinite().all()
     with pytest.raises(ValueError, match="12 positions; got a sequence of 13"):
         model.encode(torch.full((1, 13), 5), torch.tensor([13]))
+    with pytest.raises(ValueError, match=r"source must be in \[0, 37\); got 37"):
+        model.encode(torch.tensor([[5, 37]]), torch.tensor([2]))
 
 
 def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
@@ -145,8 +147,14 @@ def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("heads", 3, "multiple of heads=3"), ("norm", "batch", "norm must be one of"), ("activation", "x", "activation")],
+    [
+        ("heads", 3, "multiple of heads=3"),
+        ("heads", 0, "heads must be >= 1; got 0"),
+        ("width", "x", "width must be an int"),
+        ("norm", "batch", "norm must be one of"),
+        ("activation", "x", "activation"),
+    ],
 )
 def test_config_is_checked(field, value, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         TransformerConfig(**SMALL | {field: value})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from condgen_fast.cli import main
 
@@ -58,6 +59,30 @@ def test_a_reader_that_left_is_no_error():
 
 def test_empty_input_gives_empty_output(teacher, tmp_path):
     assert translate(teacher, tmp_path, b"") == b""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "no-such-folder/out"], "the folder of"),
+        (["--max-tokens", "0"], "max_tokens must be >= 1; got 0"),
+        (["--device", "cuda"], "device must be auto or cpu where torch sees no GPU; got 'cuda'"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message, teacher, tmp_path, capsys):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    (tmp_path / "in").write_text("open\n")
+    assert main(["translate", "--model", str(teacher), "--input", str(tmp_path / "in"), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_output_is_utf8_whatever_the_terminal(teacher):
+    run = subprocess.run(
+        [sys.executable, "-m", "condgen_fast.cli", "translate", "--model", "transformer-en-de", "--strategy", "greedy"],
+        input=b"Open the file.\n", env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert run.stdout.decode("utf-8") == "Öffnen Sie die Datei.\n"
 
 
 def test_invalid_utf8_is_refused_by_line(teacher, tmp_path, capsys):
