@@ -59,6 +59,7 @@ def forward_backward(loss: Callable[..., Tensor], *arguments: object) -> Callabl
 
 
 def compiled(*arguments: object) -> Callable[[], None] | None:
+    torch.compiler.reset()  # dynamo gives up on a function after a few shapes
     call = forward_backward(torch.compile(eager_kd_loss, dynamic=False), *arguments)
     try:
         call()

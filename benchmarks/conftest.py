@@ -3,6 +3,7 @@
   pytest benchmarks                                        # everything
   pytest benchmarks/bench_kd_loss.py -k N1024 --budget 5   # more rounds of fewer cases
   pytest benchmarks --benchmark-json=run.json              # for benchmarks/report.py
+  pytest benchmarks --benchmark-disable                    # only the checks of results, each call once
 
 Memory: glibc's malloc returns large blocks to the kernel and faults them in anew at each call, for which eager torch,
 with its large temporaries, pays most. It is at its best, and the comparison fair, with
@@ -89,11 +90,12 @@ def compare(benchmark: Any, device: str, request: pytest.FixtureRequest) -> Comp
         def warm_up() -> float:
             return sum(timed(call) for call in [*others.values(), ours])
 
+        if benchmark.disabled:  # each once, untimed
+            benchmark.pedantic(ours, setup=time_others)
+            return
         warm_up()
         rounds = min(max(int(request.config.getoption("budget") / warm_up()), LEAST_ROUNDS), MOST_ROUNDS)
         benchmark.pedantic(ours, setup=time_others, rounds=rounds, iterations=1)
-        if benchmark.disabled:
-            return
         own = benchmark.stats.stats.data
         results = [
             {"implementation": name, "role": "peer"} | (_measured(seconds[name], own) if name in seconds else {})
