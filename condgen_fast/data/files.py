@@ -10,11 +10,13 @@ from pathlib import Path
 def check_writable(path: str | Path) -> None:
     """Raise the OSError that writing this file would end with, as far as its folder can tell."""
     path = Path(os.path.realpath(path))
+    if _is_special(path):
+        return
     if path.is_dir():
         raise IsADirectoryError(f"{path} must be a file; it is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder of {path} does not exist")
-    if not os.access(path.parent, os.W_OK) and not (path.exists() and not path.is_file()):
+    if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written: its folder is read-only")
 
 
@@ -25,7 +27,7 @@ def write_atomically(path: str | Path, chunks: Iterable[bytes]) -> None:
     not a regular file (/dev/null, a named pipe) is written directly.
     """
     path = Path(os.path.realpath(path))  # through a symbolic link: replace the file, not the link
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if _is_special(path):
         with open(path, "wb") as file:
             file.writelines(chunks)
         return
@@ -44,3 +46,8 @@ def write_atomically(path: str | Path, chunks: Iterable[bytes]) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether this is neither a file nor a folder: /dev/null, a named pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()

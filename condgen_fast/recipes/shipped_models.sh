@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the three shipped models anew: from Debian's LibreOffice help packages to condgen_fast/models/weights.
 #   condgen_fast/recipes/shipped_models.sh [folder]     # in a source checkout; models-run by default
-# Stopped, it goes on where it was when it is run again. Some seven hours on 2 cores; minutes on a GPU.
+# Stopped, it goes on where it was when it is run again. It takes hours on 2 cores.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 runs=${1:-models-run}

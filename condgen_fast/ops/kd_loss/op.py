@@ -212,12 +212,11 @@ def check_options(
     check_choice(divergence, "divergence", DIVERGENCES)
     check_choice(reduction, "reduction", REDUCTIONS)
     check_number(alpha, "alpha", minimum=0, maximum=1)
-    check_number(temperature, "temperature", minimum=0, exclusive=True)
-    # float32 holds temperature**2, and logits divided by it, within these
-    check_number(temperature, "temperature", minimum=1e-18, maximum=1e18)
-    if teacher_temperature is not None:
-        check_number(teacher_temperature, "teacher_temperature", minimum=0, exclusive=True)
-        check_number(teacher_temperature, "teacher_temperature", minimum=1e-18, maximum=1e18)
+    for value, name in ((temperature, "temperature"), (teacher_temperature, "teacher_temperature")):
+        if value is not None or name == "temperature":
+            check_number(value, name, minimum=0, exclusive=True)
+            # float32 holds temperature**2, and logits divided by it, within these
+            check_number(value, name, minimum=1e-18, maximum=1e18)
     if divergence == "jsd":
         check_number(jsd_beta, "jsd_beta", minimum=0, maximum=1, exclusive=True)
     check_number(label_smoothing, "label_smoothing", minimum=0, maximum=1)

@@ -149,9 +149,8 @@ def apply_edits(
     check_choice(impl, "impl", _IMPLS)
     sizes = check_token_ids(tokens, "tokens", shape="B S")
     batch, width = sizes["B"], sizes["S"]
-    limits = torch.iinfo(tokens.dtype)
     for value, name in ((pad_id, "pad_id"), (bos_id, "bos_id"), (eos_id, "eos_id"), (mask_id, "mask_id")):
-        check_number(value, name, minimum=limits.min, maximum=limits.max, integer=True)
+        _check_id(value, name, tokens.dtype)
         if value == pad_id and name != "pad_id":
             raise ValueError(f"{name} must differ from pad_id; got {value} for both")
     if max_length is not None:
@@ -204,8 +203,12 @@ def _longest_result(
 def _check_pair(first: Tensor, first_name: str, second: Tensor, second_name: str, pad_id: int) -> None:
     batch = check_token_ids(first, first_name, shape="B S")["B"]
     check_tensor(second, second_name, shape="B T", dtypes=(first.dtype,), device=first.device, sizes={"B": batch})
-    limits = torch.iinfo(first.dtype)
-    check_number(pad_id, "pad_id", minimum=limits.min, maximum=limits.max, integer=True)
+    _check_id(pad_id, "pad_id", first.dtype)
+
+
+def _check_id(value: int, name: str, dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    check_number(value, name, minimum=limits.min, maximum=limits.max, integer=True)
 
 
 @_library.register_fake("edit_oracle")
