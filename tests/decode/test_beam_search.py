@@ -233,6 +233,13 @@ def test_eos_at_the_first_step():
     assert (longer.lengths == 2).all()
 
 
+def test_min_length_raises_the_default_limit():
+    """Of a source of one token that is 12; only `max_length` and the model's positions are stronger."""
+    model = TableModel(random_table(64, 997, 9, seed=40, eos_bias=1.0))
+    found = decode(model, [[5]], BeamSearch(beam_size=2, min_length=30))
+    assert found.lengths[0, 0] + 1 >= 30
+
+
 def test_min_length_gives_way_to_the_limit():
     model = TableModel(random_table(2, 499, 6, seed=9))
     model.max_positions = 4

@@ -209,6 +209,16 @@ def test_training_mode_and_weights_are_left_alone(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_sources_the_model_cannot_read(model):
+    known = model.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match=rf"source must be in \[0, {known}\); got {known}"):
+        decode(adapt(model), [[5, known]], "greedy")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None:  # T5's positions are relative
+        with pytest.raises(ValueError, match=f"at most the model's {longest} positions; got {longest + 1} tokens"):
+            decode(adapt(model), [[5] * (longest + 1)], "greedy")
+
+
 def test_what_cannot_be_adapted():
     with pytest.raises(TypeError, match="encoder-decoder.*got Linear"):
         adapt(torch.nn.Linear(2, 2))

@@ -128,6 +128,13 @@ def test_a_special_token_is_never_predicted_however_probable(favourite):
     assert not result.token_log_probs.isnan().any() and not result.scores.isnan().any()
 
 
+def test_no_limit_of_positions_may_be_said_as_none():
+    limited, unlimited = RandomModel(), RandomModel()
+    unlimited.max_positions = None
+    source = [[3, 8], [5, 1, 2]]
+    assert decode(unlimited, source, "mask_predict").to_lists() == decode(limited, source, "mask_predict").to_lists()
+
+
 def test_only_the_masked_positions_are_projected_where_a_model_allows_it():
     class Model(RandomModel):
         projected: list[int] = []
