@@ -24,17 +24,18 @@ void with_logit_type(const Tensor& logits, const Call& call) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,                      // [N, V]
-                                                         const std::optional<Tensor>& rows,         // [M]
-                                                         const std::optional<Tensor>& temperature,  // [1] or [M]
-                                                         const std::optional<Tensor>& seed) {       // [1]
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,                       // [N, V]
+                                                         const std::optional<Tensor>& rows,          // [M]
+                                                         const std::optional<Tensor>& temperature,   // [1] or [M]
+                                                         const std::optional<Tensor>& seed,          // [1]
+                                                         const std::optional<Tensor>& noise_rows) {  // [M]
   check_shape(logits, "logits", {-1, -1});
   const int64_t height = logits.size(0), width = logits.size(1);
   CONDGEN_FAST_CHECK(width >= 1, "logits must have V at least 1; got ", width);
   CONDGEN_FAST_CHECK(temperature.has_value() == seed.has_value(), "temperature and seed must be given together");
   const int64_t count = rows ? rows->size(0) : height;
   const Tensor x = width == 1 || logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
-  std::optional<Tensor> wanted, temperatures;
+  std::optional<Tensor> wanted, temperatures, noise;
   if (rows) {
     wanted = checked(*rows, "rows", ScalarType::Long, {-1}, logits);
     const int64_t* row = wanted->const_data_ptr<int64_t>();
@@ -48,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,  
     temperatures = checked(*temperature, "temperature", ScalarType::Float, {each}, logits);
     key = static_cast<uint64_t>(*checked(*seed, "seed", ScalarType::Long, {1}, logits).const_data_ptr<int64_t>());
   }
+  if (noise_rows) noise = checked(*noise_rows, "noise_rows", ScalarType::Long, {count}, logits);
   Tensor token = torch::stable::new_empty(logits, {count}, ScalarType::Long);
   Tensor log_prob = torch::stable::new_empty(logits, {count}, ScalarType::Float);
   Tensor margin = torch::stable::new_empty(logits, {count}, ScalarType::Float);
@@ -62,6 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,  
     arguments.temperature = temperatures ? temperatures->const_data_ptr<float>() : nullptr;
     arguments.temperature_step = temperatures && temperatures->size(0) == count ? 1 : 0;
     arguments.seed = key;
+    arguments.noise_rows = noise ? noise->const_data_ptr<int64_t>() : nullptr;
     arguments.token = token.mutable_data_ptr<int64_t>();
     arguments.log_prob = log_prob.mutable_data_ptr<float>();
     arguments.margin = margin.mutable_data_ptr<float>();
@@ -96,7 +99,8 @@ std::tuple<Tensor, Tensor> commit_cpu(const Tensor& token, const Tensor& ranking
 
 STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
   m.def(
-      "row_stats(Tensor logits, Tensor? rows, Tensor? temperature, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)");
+      "row_stats(Tensor logits, Tensor? rows, Tensor? temperature, Tensor? seed, Tensor? noise_rows=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def("remask(Tensor scores, Tensor count, Tensor maskable) -> Tensor");
   m.def(
       "commit(Tensor token, Tensor ranking, Tensor canvas, Tensor maskable, Tensor minimum, Tensor? bound, "

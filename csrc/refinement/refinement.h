@@ -23,6 +23,7 @@ struct RowStatsArguments {
   const float* temperature;  // [1] or [M], `temperature_step` is 0 or 1; null: argmax
   int64_t temperature_step;
   uint64_t seed;
+  const int64_t* noise_rows = nullptr;  // [M], what the noise takes for the row's number; null: the row's number
   // outputs
   int64_t* token;   // [M]
   float* log_prob;  // [M]

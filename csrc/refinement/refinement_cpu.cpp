@@ -210,7 +210,7 @@ void row_stats(const RowStatsArguments<Logit>& a, int64_t begin, int64_t end) {
     const bool sampling = temperature > 0.0f;
     TopTwo top;
     Sums sums;
-    GumbelMax sample{temperature, a.seed, static_cast<uint64_t>(row)};
+    GumbelMax sample{temperature, a.seed, static_cast<uint64_t>(a.noise_rows ? a.noise_rows[n] : row)};
     for (int64_t first = 0; first < a.width; first += kChunk) {
       const int64_t count = std::min(kChunk, a.width - first);
       const float* x = as_floats(logits + first, count, buffer);

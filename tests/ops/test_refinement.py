@@ -144,6 +144,26 @@ def test_leading_dimensions_strides_and_rows(impl, device):
                 row_stats(wide, rows=torch.tensor([3, bad]), impl=impl)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_noise_rows_stand_for_the_rows_in_the_noise(impl, device):
+    logits = torch.randn(3, 4, 80, device=device, generator=generator(device))
+
+    def draw(logits, **options):
+        return row_stats(logits, temperature=2.0, generator=generator(device), impl=impl, **options).token
+
+    plain = draw(logits)
+    order = torch.tensor([7, 0, 11, 7], device=device)
+    assert torch.equal(draw(logits, noise_rows=torch.arange(12, device=device).view(3, 4)), plain)
+    assert torch.equal(draw(logits.flatten(0, 1)[order], noise_rows=order), plain.flatten()[order])
+    assert torch.equal(draw(logits, rows=order, noise_rows=order), plain.flatten()[order])
+    far = torch.tensor([2**63 - 1, -1, -(2**62), 5], device=device)
+    want = row_stats(
+        logits[0], temperature=2.0, generator=generator(device), noise_rows=far, impl="reference"
+    ).token  # fmt: skip
+    assert torch.equal(draw(logits[0], noise_rows=far), want)
+    assert not torch.equal(draw(logits, noise_rows=torch.arange(12, device=device).view(3, 4) + 12), plain)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", [pytest.param("auto", marks=needs_library), "triton"])
 def test_all_implementations_draw_the_same(impl, dtype, device):
@@ -570,6 +590,11 @@ def test_bad_arguments_are_named(device):
             "generator must be a torch.Generator; got int",
         ),
         (lambda: row_stats(logits, rows=scores[0]), ValueError, "rows must be int64; got float32"),
+        (
+            lambda: row_stats(logits, temperature=1.0, noise_rows=count),
+            ValueError,
+            r"noise_rows must have shape \[2, 3\]; got",
+        ),
         (lambda: remask(scores, count, maskable=maskable[0]), ValueError, r"maskable must have shape \[B, T\]"),
         (lambda: remask(scores, count[:1], maskable=maskable), ValueError, r"count must have shape \[B\].*; got \[1\]"),
         (lambda: remask(scores, count.float(), maskable=maskable), ValueError, "count must be int64; got float32"),

@@ -22,6 +22,7 @@ def row_stats(
     temperature: float | Tensor = 0.0,  # number or [...]
     generator: torch.Generator | None = None,
     rows: Tensor | None = None,  # [M]
+    noise_rows: Tensor | None = None,  # [...] or [M]
     impl: str = "auto",
 ) -> RowStats:
     """Choose a token for each row of logits, and say how sure its distribution is.
@@ -43,6 +44,8 @@ def row_stats(
             and all implementations draw the same up to the rounding of float32.
         rows: [M] int64, which rows to read, indices into the flattened leading dimensions, in any order, repeats
             allowed; None: all. An index out of range is an error on the CPU; elsewhere its row counts as one of -inf.
+        noise_rows: int64 of the shape of the results: what the noise takes for the row of a logit, so that a caller can
+            make draws independent of where a row stands; equal numbers draw equal noise. None: the row's index.
         impl: "auto" (compiled on the CPU, Triton on a GPU), "reference" or "triton".
 
     Returns:
@@ -72,6 +75,10 @@ def row_stats(
         check_number(temperature, "temperature", minimum=0.0, maximum=torch.finfo(torch.float32).max)
         if temperature > 0:
             temperatures = torch.full((1,), temperature, dtype=torch.float32, device=logits.device)
+    if noise_rows is not None:
+        check_tensor(noise_rows, "noise_rows", shape="...", dtypes=(torch.int64,), device=logits.device)
+        _check_shape(noise_rows, "noise_rows", shape)
+        noise_rows = noise_rows.reshape(-1)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
     if temperatures is not None:
@@ -80,14 +87,14 @@ def row_stats(
 
     flat = logits.detach().reshape(-1, width)
     if impl == "reference":
-        stats = reference.row_stats(flat, rows, temperatures, seed)
+        stats = reference.row_stats(flat, rows, temperatures, seed, noise_rows)
     elif impl == "triton" or logits.device.type == "cuda":
         from condgen_fast.ops.refinement import triton_kernel
 
-        stats = triton_kernel.row_stats(flat, rows, temperatures, seed)
+        stats = triton_kernel.row_stats(flat, rows, temperatures, seed, noise_rows)
     else:
         _library.require(logits.device)
-        stats = torch.ops.condgen_fast.row_stats(flat, rows, temperatures, seed)
+        stats = torch.ops.condgen_fast.row_stats(flat, rows, temperatures, seed, noise_rows)
     return RowStats(*(value.view(shape) for value in stats))
 
 
@@ -235,7 +242,7 @@ def _per_row(
 
 
 @_library.register_fake("row_stats")
-def _(logits, rows, temperature, seed):
+def _(logits, rows, temperature, seed, noise_rows=None):
     shape = logits.shape[:1] if rows is None else rows.shape
     floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(3)]
     return (logits.new_empty(shape, dtype=torch.int64), *floats)

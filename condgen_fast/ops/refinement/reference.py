@@ -33,6 +33,7 @@ def row_stats(
     rows: Tensor | None,  # [M] int64
     temperature: Tensor | None,  # [1] or [N or M] float32
     seed: Tensor | None,  # [1] int64
+    noise_rows: Tensor | None = None,  # [N or M] int64
 ) -> RowStats:
     row = torch.arange(logits.shape[0], device=logits.device) if rows is None else rows
     if rows is not None and ((rows < 0) | (rows >= logits.shape[0])).any():
@@ -50,7 +51,7 @@ def row_stats(
 
     key = x
     if temperature is not None:
-        noise = gumbel(seed, row, x.shape[1])
+        noise = gumbel(seed, row if noise_rows is None else noise_rows, x.shape[1])
         key = x + temperature.double().nan_to_num(nan=0.0).clamp(min=0.0)[:, None] * noise
     token = (key == key.amax(-1, keepdim=True)).int().argmax(-1)  # argmax of booleans gives the first
     log_prob = log_p.gather(1, token[:, None])[:, 0]

@@ -32,6 +32,7 @@ def _row_stats_kernel(
     rows,  # [M]
     temperature,  # [1] or [M]
     seed,  # [1]
+    noise_rows,  # [M]
     # outputs, each [M]
     token,
     log_prob,
@@ -43,6 +44,7 @@ def _row_stats_kernel(
     stride,
     temperature_step,
     HAS_ROWS: tl.constexpr,
+    HAS_NOISE_ROWS: tl.constexpr,
     SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -69,6 +71,9 @@ def _row_stats_kernel(
         scale = tl.load(temperature + n * temperature_step)
         scale = tl.where(scale > 0.0, scale, 0.0)
         key = tl.load(seed)
+        noise_row = row
+        if HAS_NOISE_ROWS:
+            noise_row = tl.load(noise_rows + n)
         lane_key = tl.full((BLOCK,), nothing, tl.float32)
         lane_sample = offset
 
@@ -93,7 +98,7 @@ def _row_stats_kernel(
         any_yet = highest > nothing
 
         if SAMPLE:
-            noisy = tl.where(x > nothing, x + scale * _gumbel(key, row, first, BLOCK), nothing)
+            noisy = tl.where(x > nothing, x + scale * _gumbel(key, noise_row, first, BLOCK), nothing)
             lane_sample = tl.where(noisy > lane_key, column, lane_sample)
             lane_key = tl.maximum(lane_key, noisy)
 
@@ -121,6 +126,7 @@ def row_stats(
     rows: Tensor | None,  # [M]
     temperature: Tensor | None,  # [1] or [M]
     seed: Tensor | None,  # [1]
+    noise_rows: Tensor | None = None,  # [M]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if logits.device.type == "cpu" and isinstance(_row_stats_kernel, triton.JITFunction):
         raise RuntimeError('impl="triton" needs tensors on a GPU, or TRITON_INTERPRET=1 set before Triton is imported')
@@ -138,6 +144,7 @@ def row_stats(
             rows if rows is not None else logits,
             temperature if sampling else logits,
             seed if sampling else logits,
+            noise_rows if noise_rows is not None else logits,
             token,
             log_prob,
             margin,
@@ -147,6 +154,7 @@ def row_stats(
             logits.stride(0),
             int(sampling and temperature.shape[0] == count),
             HAS_ROWS=rows is not None,
+            HAS_NOISE_ROWS=noise_rows is not None,
             SAMPLE=sampling,
             BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(logits.shape[1]))),
             num_warps=_NUM_WARPS,
@@ -161,5 +169,6 @@ def compile_cases() -> Iterator[tuple]:
     for dtype in ("fp32", "bf16", "fp16"):
         for sampling in (False, True):
             pointers = {"logits": f"*{dtype}", "rows": "*i64", "temperature": "*fp32", "seed": "*i64"}
-            constants = {"HAS_ROWS": sampling, "SAMPLE": sampling, "BLOCK": _BLOCK}
+            pointers["noise_rows"] = "*i64"
+            constants = {"HAS_ROWS": sampling, "HAS_NOISE_ROWS": sampling, "SAMPLE": sampling, "BLOCK": _BLOCK}
             yield _row_stats_kernel, {**pointers, **outputs, **sizes}, constants, _NUM_WARPS
