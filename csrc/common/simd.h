@@ -242,30 +242,59 @@ inline float reduce_max(Vec lanes) {
 // --- Functions
 // --------------------------------------------------------------------------------------------------------
 
-// e^x within 1 ulp (see tests/cpp/simd_cpu.cpp): 0 for -inf, inf from 88.73 on, subnormal results down to 2^-149, NaN
-// for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by the polynomial of Cephes' expf (S. Moshier).
+// e^x within 1 ulp (1.2 without fma): 0 for -inf, inf from 88.73 on, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2,
+// e^r by a minimax polynomial. AVX-512 has subnormal results too; elsewhere those below 2^-126.5 are 0 and those from
+// 2^127.5 on are inf.
 inline Vec exp(Vec x) {
-  const Vec low(-104.0f), high(89.0f);  // beyond these e^x is 0 and infinity; NaN passes both comparisons unchanged
-  x = select(x < low, low, x);
-  x = select(x > high, high, x);
-  const Vec shift(0x1.8p23f);  // adding it rounds to an integer, which is then in the low bits
-  const Vec shifted = fma(x, Vec(1.44269504088896341f), shift);
+  const Vec log2_e(1.44269504088896341f);
+#if defined(__AVX512F__)
+  x = min(Vec(89.0f), max(Vec(-104.0f), x));  // beyond these e^x is 0 and infinity; NaN passes unchanged
+  const Vec n = _mm512_maskz_roundscale_ps(kAll, (x * log2_e).raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = min(Vec(89.0f), max(Vec(-88.0f), x));
+  const Vec shift(0x1.8p23f + 127.0f);  // adding it rounds to an integer; with the bias it is then in the low bits
+  const Vec shifted = fma(x, log2_e, shift);
   const Vec n = shifted - shift;
+#endif
   Vec r = fma(n, Vec(-0.693359375f), x);  // n times this has no rounding error
   r = fma(n, Vec(2.12194440e-4f), r);
-  Vec p(1.9875691500e-4f);
-  p = fma(p, r, Vec(1.3981999507e-3f));
-  p = fma(p, r, Vec(8.3334519073e-3f));
-  p = fma(p, r, Vec(4.1665795894e-2f));
-  p = fma(p, r, Vec(1.6666665459e-1f));
-  p = fma(p, r, Vec(5.0000001201e-1f));
-  p = fma(p, r * r, r) + Vec(1.0f);
-  // Times 2^n in two steps, as n reaches from -150 to 128 and the exponent of a float only from -126 to 127
-  const Ints whole = reinterpret_cast<Ints>(shifted.raw) - 0x4b400000;
-  const Ints half = whole >> 1;
-  const Vec first(reinterpret_cast<Floats>((half + 127) << 23)),
-      second(reinterpret_cast<Floats>((whole - half + 127) << 23));
-  return p * first * second;
+  Vec p(1.381459879e-3f);
+  p = fma(p, r, Vec(8.368716575e-3f));
+  p = fma(p, r, Vec(4.166838899e-2f));
+  p = fma(p, r, Vec(1.666652113e-1f));
+  p = fma(p, r, Vec(4.999999404e-1f));
+  p = fma(p, r, Vec(1.0f));
+  p = fma(p, r, Vec(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(kAll, p.raw, n.raw);
+#else
+  return p * Vec(reinterpret_cast<Floats>(reinterpret_cast<Ints>(shifted.raw) << 23));
+#endif
+}
+
+// 2^x within 1 ulp, with the limits of exp(). A softmax whose logits are multiplied by log2 e saves a reduction with
+// it.
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = _mm512_maskz_reduce_ps(kAll, x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // x - n
+  const Vec n = x - r;
+#else
+  x = min(Vec(128.0f), max(Vec(-127.0f), x));
+  const Vec shift(0x1.8p23f + 127.0f), shifted = x + shift;
+  const Vec r = x - (shifted - shift);
+#endif
+  Vec p(1.535334159e-4f);
+  p = fma(p, r, Vec(1.339890063e-3f));
+  p = fma(p, r, Vec(9.618437849e-3f));
+  p = fma(p, r, Vec(5.550332367e-2f));
+  p = fma(p, r, Vec(2.402264774e-1f));
+  p = fma(p, r, Vec(6.931471825e-1f));
+  p = fma(p, r, Vec(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(kAll, p.raw, n.raw);
+#else
+  return p * Vec(reinterpret_cast<Floats>(reinterpret_cast<Ints>(shifted.raw) << 23));
+#endif
 }
 
 }  // namespace CONDGEN_FAST_ISA
