@@ -33,7 +33,7 @@ CpuCapability detect() {
   constexpr unsigned kBmi1 = 1u << 3, kAvx2 = 1u << 5, kBmi2 = 1u << 8;
   if ((b & (kBmi1 | kAvx2 | kBmi2)) != (kBmi1 | kAvx2 | kBmi2)) return CpuCapability::kBaseline;
 
-  constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // F, DQ, CD, BW, VL
   return (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512 ? CpuCapability::kAvx512 : CpuCapability::kAvx2;
 }
 #else
