@@ -115,8 +115,25 @@ inline Mask operator==(Vec a, Vec b) { return {a.raw == b.raw}; }
 inline Vec select(Mask where, Vec yes, Vec no) { return where.raw ? yes.raw : no.raw; }
 
 // Of a NaN and a number the second argument is taken: max(new_value, running) never lets a NaN in.
-inline Vec max(Vec a, Vec b) { return a.raw > b.raw ? a.raw : b.raw; }
-inline Vec min(Vec a, Vec b) { return a.raw < b.raw ? a.raw : b.raw; }
+// Of the ternary form, where one comparison serves both, GCC 12 makes a mask and blends: slower, and ports are few.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(kAll, a.raw, b.raw);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a.raw, b.raw);
+#else
+  return a.raw > b.raw ? a.raw : b.raw;
+#endif
+}
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(kAll, a.raw, b.raw);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a.raw, b.raw);
+#else
+  return a.raw < b.raw ? a.raw : b.raw;
+#endif
+}
 
 // Bit i is lane i.
 inline uint32_t bits(Mask mask) {
