@@ -118,42 +118,6 @@ def test_every_teacher_and_divergence(kind, divergence, options, device):
         check(student, teacher, labels, "auto", divergence=divergence, **OPTIONS[options])
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("kind", ["dense", "wide", "narrow"])
-def test_triton(kind, divergence, device):
-    for options in OPTIONS.values():
-        labels = torch.randint(0, 37, (3,), device=device)
-        teacher = make_teacher(kind, 3, 37, torch.float32, device)
-        if divergence == "reverse_kl" and kind == "narrow":
-            continue
-        check(torch.randn(3, 37, device=device) * 3, teacher, labels, "triton", divergence=divergence, **options)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_triton_over_several_blocks(divergence, device, monkeypatch):
-    from condgen_fast.ops.kd_loss import triton_kernel
-
-    monkeypatch.setattr(triton_kernel, "LARGEST_BLOCK", 32)
-    student, teacher = torch.randn(3, 150, device=device) * 3, torch.randn(3, 150, device=device) * 3
-    student[0], teacher[1] = (
-        student[0].sort().values,
-        teacher[1].sort().values,
-    )  # the highest logit moves with every block
-    student[2, :40] = teacher[2, :70] = -math.inf  # blocks without a finite logit
-    options = dict(divergence=divergence, temperature=2.0)
-    if divergence == "reverse_kl":
-        student[2, :70] = -math.inf
-    check(student, teacher, torch.tensor([0, 75, 149], device=device), "triton", **options)
-    check(
-        student[:2] - 500,
-        teacher[:2] + 500,
-        torch.tensor([0, 75], device=device),
-        "triton",
-        label_smoothing=0.1,
-        **options,
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_dtypes(kind, dtype, device):
@@ -536,9 +500,8 @@ def test_refusals(impl, device):
         for label in (5, -1):
             refuse(ValueError, rf"labels must be in \[0, 5\).*got {label}", s, s, torch.tensor([0, label]))
     if impl == "triton":
-        refuse(ValueError, "impl must be auto or reference for TopK; got triton", s, top, labels)
         refuse(ValueError, "impl must be auto or reference for float64; got triton", s.double(), s, labels)
-    elif device == "cpu":
+    if device == "cpu":
         refuse(ValueError, r"teacher.ids must be in \[0, 5\); got 5", s, TopK(top.ids + 2, top.log_probs), labels)
         twice = torch.tensor([[0, 1], [3, 3]])
         refuse(

@@ -31,15 +31,54 @@ def kd_loss_sparse(
     return torch.ops.condgen_fast.kd_loss_sparse(student, ids, probabilities, floor, labels, coefficient, *options)
 
 
-def kd_loss_dense_triton(student: Tensor, teacher: Tensor | None, labels: Tensor | None, coefficient: Tensor, *options):
-    """``kd_loss_dense`` by the Triton kernel."""
-    return torch.ops.condgen_fast.kd_loss_dense_triton(student, teacher, labels, coefficient, *options)
+def kd_loss_triton(
+    student: Tensor,
+    teacher: Tensor | None,
+    ids: Tensor | None,
+    listed: Tensor | None,
+    labels: Tensor | None,
+    coefficient: Tensor,
+    kind: int,
+    floor: float,
+    *options,
+):
+    """The same by the Triton kernel, against a teacher of any kind (``triton_kernel.KINDS``): logits, or ids and what
+    their TopK or LabelPrior lists."""
+    return torch.ops.condgen_fast.kd_loss_triton(
+        student, teacher, ids, listed, labels, coefficient, kind, floor, *options
+    )
 
 
-def _kd_loss_dense_triton(student, teacher, labels, coefficient, *options):
+def _kd_loss_triton(student, *arguments):
     from condgen_fast.ops.kd_loss import triton_kernel
 
-    return triton_kernel.kd_loss_dense(student, teacher, labels, coefficient, *options)
+    *arguments, with_gradient = arguments
+    gradient = student.new_empty(student.shape if with_gradient else (0,))
+    losses = triton_kernel.kd_loss_rows(student, *arguments, gradient if with_gradient else None)
+    return losses, gradient
+
+
+class OverwritingLoss(torch.autograd.Function):
+    """``kd_loss_triton`` with the gradient in the memory of the logits; differentiable once."""
+
+    @staticmethod
+    def forward(ctx, student, *arguments):
+        from condgen_fast.ops.kd_loss import triton_kernel
+
+        losses = triton_kernel.kd_loss_rows(student, *arguments, student)
+        torch.autograd.graph.increment_version(student)  # an op that saved the logits raises in its backward pass
+        ctx.gradient = student.detach()
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_losses):
+        from condgen_fast.ops.kd_loss import triton_kernel
+
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("kd_loss with overwrite_logits has one backward pass: its logits are gone")
+        return triton_kernel.scale_rows_(gradient, grad_losses), *[None] * 15
 
 
 def _fake(student, *arguments):
@@ -74,7 +113,11 @@ def _backward(op):
             gradient = op(*tensors, coefficient * grad_losses, *ctx.options, True)[1]
         elif type(grad_losses) is not Tensor:  # traced: no looking at values, no writing into them
             gradient = (gradient * grad_losses.view(*gradient.shape[:2], 1)).to(gradient.dtype)
-        elif grad_losses.device.type != "cpu" or not bool((grad_losses == 1).all()):
+        elif gradient.device.type == "cuda":
+            from condgen_fast.ops.kd_loss import triton_kernel
+
+            triton_kernel.scale_rows_(gradient, grad_losses)
+        elif gradient.device.type != "cpu" or not bool((grad_losses == 1).all()):
             gradient.mul_(grad_losses.reshape(*gradient.shape[:2], 1))
         return (gradient, *others)
 
@@ -82,10 +125,12 @@ def _backward(op):
 
 
 def _register() -> None:
-    tensors = "Tensor student, Tensor? teacher, Tensor? labels, Tensor coefficient"
-    torch.library.define("condgen_fast::kd_loss_dense_triton", f"({tensors}, {OPTIONS}) -> (Tensor, Tensor)")
-    torch.library.impl("condgen_fast::kd_loss_dense_triton", ("cpu", "cuda"), _kd_loss_dense_triton)
-    ops = {"kd_loss_dense_triton": kd_loss_dense_triton}
+    tensors = "Tensor student, Tensor? teacher, Tensor? ids, Tensor? listed, Tensor? labels, Tensor coefficient"
+    torch.library.define(
+        "condgen_fast::kd_loss_triton", f"({tensors}, int kind, float floor, {OPTIONS}) -> (Tensor, Tensor)"
+    )
+    torch.library.impl("condgen_fast::kd_loss_triton", ("cpu", "cuda"), _kd_loss_triton)
+    ops = {"kd_loss_triton": kd_loss_triton}
     if _library.load() and hasattr(torch.ops.condgen_fast, "kd_loss_dense"):  # not so in an older build
         ops |= {"kd_loss_dense": kd_loss_dense, "kd_loss_sparse": kd_loss_sparse}
     for name, op in ops.items():

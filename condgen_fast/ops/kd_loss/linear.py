@@ -7,7 +7,7 @@ from torch import Tensor
 
 from condgen_fast._check import check_number, check_tensor
 from condgen_fast.ops.kd_loss import reference
-from condgen_fast.ops.kd_loss.autograd import OPTIONS, kd_loss_dense, kd_loss_dense_triton
+from condgen_fast.ops.kd_loss.autograd import OPTIONS, kd_loss_dense
 from condgen_fast.ops.kd_loss.op import check_options, check_rows, choose_impl, refuse_forward_mode, row_coefficients
 from condgen_fast.ops.kd_loss.teachers import FLOAT_DTYPES
 
@@ -82,7 +82,7 @@ def linear_kd_loss(
     if alpha == 0:
         teacher_hidden = teacher_weight = teacher_bias = None
 
-    impl = choose_impl(impl, student_hidden, None)
+    impl = choose_impl(impl, student_hidden)
     if impl == "reference":
         return reference.linear_kd_loss(
             student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
@@ -146,25 +146,31 @@ def _linear_kd_loss(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, coefficient,
     needs, uniform, chunk_rows, triton, *options,
 ):  # fmt: skip
-    op = kd_loss_dense_triton if triton else kd_loss_dense
+    if triton:
+        from condgen_fast.ops.kd_loss import triton_kernel
     dtype = coefficient.dtype
-    rows = student_hidden.shape[0]
+    height = student_hidden.shape[0]
     needs_hidden, needs_weight, needs_bias = (needed and options[-1] for needed in needs)
     losses = torch.empty_like(coefficient)
     d_hidden = torch.empty_like(student_hidden) if needs_hidden else student_hidden.new_empty(0)
     d_weight = torch.zeros_like(student_weight, dtype=dtype) if needs_weight else None
     d_bias = torch.zeros_like(student_bias, dtype=dtype) if needs_bias else None
     with torch.autocast(student_hidden.device.type, enabled=False):
-        for first in range(0, rows, chunk_rows):
-            chunk = slice(first, min(first + chunk_rows, rows))
+        for first in range(0, height, chunk_rows):
+            chunk = slice(first, min(first + chunk_rows, height))
             hidden = student_hidden[chunk]
             student = _logits(hidden, student_weight, student_bias, dtype)[None]
             teacher = None
             if teacher_hidden is not None:
                 teacher = _logits(teacher_hidden[chunk], teacher_weight, teacher_bias, dtype)[None]
-            losses[chunk], gradient = op(
-                student, teacher, None if labels is None else labels[chunk], coefficient[chunk], *options
-            )
+            rows = None if labels is None else labels[chunk], coefficient[chunk]
+            if triton:  # the gradient takes the place of the logits
+                kind = int(teacher is not None)
+                gradient = student if options[-1] else None
+                arguments = (teacher, None, None, *rows, kind, 0.0, *options[:-1])
+                losses[chunk] = triton_kernel.kd_loss_rows(student, *arguments, gradient)
+            else:
+                losses[chunk], gradient = kd_loss_dense(student, teacher, *rows, *options)
             if not options[-1]:
                 continue
             gradient = gradient[0]

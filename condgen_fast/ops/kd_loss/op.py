@@ -10,10 +10,11 @@ from torch import Tensor
 from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number, check_tensor
 from condgen_fast.ops.kd_loss import reference
-from condgen_fast.ops.kd_loss.autograd import kd_loss_dense, kd_loss_dense_triton, kd_loss_sparse
+from condgen_fast.ops.kd_loss.autograd import OverwritingLoss, kd_loss_dense, kd_loss_sparse, kd_loss_triton
 from condgen_fast.ops.kd_loss.teachers import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    TAILS,
     LabelPrior,
     TopK,
     check_listed_ids,
@@ -54,6 +55,7 @@ def kd_loss(
     ignore_index: int = -100,
     weights: Tensor | None = None,  # [...]
     reduction: str = "mean",
+    overwrite_logits: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Interpolate the loss on labels with the divergence from a teacher, row by row of student logits.
@@ -85,15 +87,18 @@ def kd_loss(
         ignore_index: rows with this label count for nothing, whatever their logits hold.
         weights: [...] factor of every row; rows of weight 0 are not read. They do not change what "mean" divides by.
         reduction: "mean" over the rows that are not ignored (0 with zero gradient if there is none), "sum" or "none".
-        impl: "auto" (compiled on the CPU, Triton on CUDA), "reference" or "triton" (dense teacher; on the CPU under
-            TRITON_INTERPRET=1). On CUDA, TopK, LabelPrior and float64 take the reference.
+        overwrite_logits: write the gradient into the memory of ``student_logits``, whose values are lost: no [..., V]
+            beyond the inputs. Triton only, float32 or bfloat16, not of a leaf; the backward pass runs once.
+        impl: "auto" (compiled on the CPU, Triton on CUDA), "reference" or "triton" (on the CPU under
+            TRITON_INTERPRET=1). On CUDA, float64 takes the reference.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or [...] for "none".
 
     Raises:
         ValueError: a shape, dtype, device, number or choice does not fit; on the CPU also a label out of range and ids
-            out of range or twice in a row of a TopK. On a GPU the loss of a row with such a label is NaN.
+            out of range or twice in a row of a TopK. On a GPU the loss of a row with such a label, or an id out of
+            range, is NaN, and ids are not compared with each other.
         TypeError: an argument of a wrong type.
 
     Memory: the gradient and O(N) beyond the inputs (TopK and LabelPrior: O(N k)). The inputs are kept for a second
@@ -114,10 +119,12 @@ def kd_loss(
     check_teacher(teacher, labels, alpha, rows_shape, vocab_size, student_logits.device)
     if alpha == 0:
         teacher = None
-    impl = choose_impl(impl, student_logits, teacher)
+    impl = choose_impl(impl, student_logits)
+    if overwrite_logits:
+        check_overwriting(student_logits, impl)
+    if isinstance(teacher, TopK) and teacher.ids.device.type == "cpu" and impl != "compiled":  # which looks for itself
+        check_listed_ids(teacher.ids, "teacher.ids", vocab_size)
     if impl == "reference":
-        if isinstance(teacher, TopK) and teacher.ids.device.type == "cpu":  # the compiled op looks for itself
-            check_listed_ids(teacher.ids, "teacher.ids", vocab_size)
         return reference.kd_loss(
             student_logits, teacher, labels, alpha=alpha, temperature=temperature,
             teacher_temperature=teacher_temperature, scale_by_temperature_squared=scale_by_temperature_squared,
@@ -128,25 +135,56 @@ def kd_loss(
 
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     labels, coefficient = row_coefficients(labels, weights, ignore_index, reduction, student_logits, dtype)
-    losses = row_losses(student_logits, teacher, labels, coefficient, options, impl)
+    losses = row_losses(student_logits, teacher, labels, coefficient, options, impl, overwrite_logits)
     if reduction == "none":
         return losses.view(rows_shape)
     return losses.sum(dtype=torch.float64).to(dtype)
 
 
-def row_losses(student: Tensor, teacher, labels: Tensor | None, coefficient: Tensor, options: KernelOptions, impl: str):
+def row_losses(
+    student: Tensor,
+    teacher,
+    labels: Tensor | None,
+    coefficient: Tensor,
+    options: KernelOptions,
+    impl: str,
+    overwrite_logits: bool = False,
+) -> Tensor:
     """Losses [N] times their coefficient [N], by the kernel for this kind of teacher."""
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     student = as_rows(student)
-    if isinstance(teacher, (TopK, LabelPrior)):
-        listed = listed_distribution(teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype)
-        return kd_loss_sparse(student, *listed, labels, coefficient, *options, with_gradient)[0]
-    if teacher is not None:
+    if isinstance(teacher, Tensor):
         if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
             teacher = teacher.to(coefficient.dtype)
         teacher = as_rows(teacher.detach())
-    op = kd_loss_dense_triton if impl == "triton" else kd_loss_dense
-    return op(student, teacher, labels, coefficient, *options, with_gradient)[0]
+    if impl == "triton":
+        arguments = (*triton_teacher(teacher), labels, coefficient, *triton_kind(teacher), *options)
+        if overwrite_logits and with_gradient:
+            return OverwritingLoss.apply(student, *arguments)
+        return kd_loss_triton(student, *arguments, with_gradient)[0]
+    if isinstance(teacher, (TopK, LabelPrior)):
+        listed = listed_distribution(teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype)
+        return kd_loss_sparse(student, *listed, labels, coefficient, *options, with_gradient)[0]
+    return kd_loss_dense(student, teacher, labels, coefficient, *options, with_gradient)[0]
+
+
+def triton_teacher(teacher) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Logits, ids and what they list, as the Triton op takes them."""
+    if isinstance(teacher, TopK):
+        k = teacher.ids.shape[-1]
+        return None, *(x.detach().reshape(-1, k).contiguous() for x in (teacher.ids, teacher.log_probs))
+    if isinstance(teacher, LabelPrior):
+        return None, teacher.ids.contiguous(), teacher.weights.detach().contiguous()
+    return teacher, None, None
+
+
+def triton_kind(teacher) -> tuple[int, float]:
+    """Position in ``triton_kernel.KINDS``, and the floor of a LabelPrior."""
+    if isinstance(teacher, TopK):
+        return 2 + TAILS.index(teacher.tail), 0.0
+    if isinstance(teacher, LabelPrior):
+        return 5, float(teacher.floor)
+    return int(teacher is not None), 0.0
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -176,23 +214,31 @@ def row_coefficients(
     return labels, coefficient / count if reduction == "mean" else coefficient
 
 
-def choose_impl(impl: str, student: Tensor, teacher) -> str:
+def choose_impl(impl: str, student: Tensor) -> str:
     """Resolve "auto", and refuse what an implementation does not do."""
     double = student.dtype == torch.float64
-    sparse = isinstance(teacher, (TopK, LabelPrior))
-    if impl == "triton":
-        if sparse or double:
-            what = type(teacher).__name__ if sparse else "float64"
-            raise ValueError(f"impl must be auto or reference for {what}; got triton")
-        return impl
-    if impl == "reference":
+    if impl == "triton" and double:
+        raise ValueError("impl must be auto or reference for float64; got triton")
+    if impl != "auto":
         return impl
     if student.device.type == "cuda":
-        return "reference" if sparse or double else "triton"
+        return "reference" if double else "triton"
     if student.device.type != "cpu":
         return "reference"
     _library.require()
     return "compiled"
+
+
+def check_overwriting(student: Tensor, impl: str) -> None:
+    """Refuse ``overwrite_logits`` where the gradient cannot take the place of the logits."""
+    if impl != "triton":
+        raise ValueError(f"overwrite_logits must be False without the Triton kernel; got True with impl {impl}")
+    if student.dtype == torch.float16:  # whose gradient waits for the scale of the backward pass
+        raise ValueError("overwrite_logits must be False for float16 logits; got True")
+    if student.is_leaf and student.requires_grad:
+        raise ValueError("overwrite_logits must be False for a leaf, whose values would be lost; got True")
+    if as_rows(student).data_ptr() != student.data_ptr():
+        raise ValueError(f"overwrite_logits must be False for logits of strides {list(student.stride())}; got True")
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
