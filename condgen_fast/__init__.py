@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from condgen_fast.decode import (
     BeamSearch,
+    BlockDiffusion,
     Greedy,
     Hypotheses,
     LevenshteinRefinement,
@@ -42,6 +43,7 @@ __all__ = [
     "AppliedEdits",
     "BeamSearch",
     "BeamTopK",
+    "BlockDiffusion",
     "Commit",
     "EditLabels",
     "Greedy",

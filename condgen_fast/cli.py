@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str | None, str]] = {
     "train transformer": ("recipes.train_transformer", "TrainTransformer", "train an autoregressive Transformer"),
     "train cmlm": ("recipes.train_cmlm", "TrainCMLM", "train a conditional masked language model (Mask-Predict)"),
     "train levenshtein": ("recipes.train_levenshtein", "TrainLevenshtein", "train a Levenshtein Transformer"),
+    "train masked_lm": ("recipes.train_masked_lm", "TrainMaskedLM", "train a masked-diffusion language model"),
     "distill": ("recipes.distill", "Distill", "translate a training source with a teacher: sequence-level KD"),
     "translate": ("recipes.translate", "Translate", "translate text, one sentence a line"),
     "evaluate": ("recipes.evaluate", "Evaluate", "score a model, or a file of translations, on a test set"),

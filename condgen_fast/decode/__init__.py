@@ -15,7 +15,7 @@ from torch import Tensor
 
 from condgen_fast._check import check_token_ids
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.protocols import EditModel, FillModel, StepModel, missing_members
+from condgen_fast.decode.protocols import EditModel, FillModel, MaskedModel, StepModel, missing_members
 
 # short name → module of this folder and class in it; loaded when first asked for
 _STRATEGIES = {
@@ -24,17 +24,20 @@ _STRATEGIES = {
     "sample": ("sampling", "Sampling"),
     "mask_predict": ("mask_predict", "MaskPredict"),
     "levenshtein": ("levenshtein", "LevenshteinRefinement"),
+    "block_diffusion": ("block_diffusion", "BlockDiffusion"),
 }
 _CLASSES = {class_name: module for module, class_name in _STRATEGIES.values()} | {"adapt": "hugging_face"}
 
 __all__ = [
     "BeamSearch",
+    "BlockDiffusion",
     "EditModel",
     "FillModel",
     "Greedy",
     "Hypotheses",
     "LevenshteinRefinement",
     "MaskPredict",
+    "MaskedModel",
     "Sampling",
     "StepModel",
     "adapt",
@@ -58,12 +61,13 @@ def decode(
 ) -> Hypotheses:
     """Decode a batch of source sentences.
 
-    model           what the strategy needs: `StepModel` (greedy, beam, sample), `FillModel` (mask_predict) or
-                    `EditModel` (levenshtein). A module in training mode is put in eval mode for the call and back
-                    after.
+    model           what the strategy needs: `StepModel` (greedy, beam, sample), `FillModel` (mask_predict), `EditModel`
+                    (levenshtein) or `MaskedModel` (block_diffusion). A module in training mode is put in eval mode for
+                    the call and back after.
     source          [B, S] int64, right-padded with `model.pad_id`, or B lists of ids. An empty sentence is given to
                     the model as a lone eos.
-    strategy        a strategy, or its short name: greedy | beam | sample | mask_predict | levenshtein
+    strategy        a strategy, or its short name: greedy | beam | sample | mask_predict | levenshtein |
+                    block_diffusion
     source_lengths  [B] int64; by default everything up to a sentence's last token that is not padding
     options         fields of the strategy named; none beside a strategy that is an instance
 

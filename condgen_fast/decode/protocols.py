@@ -5,7 +5,7 @@ back. `source` is right-padded with `pad_id`; `source_lengths` says where each s
 Two optional attributes are used where a model has them: `max_positions` (int, the longest target it can decode, eos
 included) and `device` (where `source` is put; without it, where the model's first parameter is). A FillModel or
 EditModel may offer `fill_states(tokens, memory)` [B, L, D] with `project(states)` [..., V], which together are `fill`:
-then only the positions that are read are projected to the vocabulary.
+then only the positions that are read are projected to the vocabulary. The same holds of a MaskedModel.
 """
 
 from __future__ import annotations
@@ -106,6 +106,34 @@ class EditModel(Protocol):
         ...
 
     def fill(self, tokens: Tensor, memory: Any) -> Tensor:
+        """Logits [B, L, V] of the token at every position of the canvas [B, L]."""
+        ...
+
+
+@runtime_checkable
+class MaskedModel(Protocol):
+    """A FillModel without encoder (a masked-diffusion language model): what is given stands in the canvas itself.
+
+    A canvas is given tokens and masks, padded on the right, without bos or eos of the strategy's making; `pad_id` is
+    none of the other ids, and padding must not be seen by other positions. `memory` is always None.
+
+    A model that is block-causal may say so: `block_length` (int), where a token sees its own block of that many
+    positions (counted from the canvas's first) and all before it, and nothing behind it. Then decoded blocks need not
+    be computed again, if it also offers (beside `project`):
+    `prefix(rows, width) -> prefix`, room for the keys of `rows` canvases of `width` positions;
+    `extend(tokens [R, n], start [R], prefix) -> [R, n, D]`, the states of the tokens at positions start[r] … of each
+    canvas, which see every earlier position as the last `extend` over it left it; `start` and n are multiples of
+    `block_length`; the prefix may be changed in place;
+    `select(prefix, rows [R]) -> prefix` of those rows.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+
+    def fill(self, tokens: Tensor, memory: None) -> Tensor:
         """Logits [B, L, V] of the token at every position of the canvas [B, L]."""
         ...
 

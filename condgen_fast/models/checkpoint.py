@@ -19,12 +19,14 @@ from condgen_fast.data.vocabulary import Vocabulary
 from condgen_fast.models.cmlm import CMLM
 from condgen_fast.models.layers import EncoderDecoder
 from condgen_fast.models.levenshtein import LevenshteinTransformer
+from condgen_fast.models.masked_lm import MaskedLM
 from condgen_fast.models.transformer import Transformer
 
-MODELS: dict[str, type[EncoderDecoder]] = {
+MODELS: dict[str, type[EncoderDecoder | MaskedLM]] = {
     "transformer": Transformer,
     "cmlm": CMLM,
     "levenshtein": LevenshteinTransformer,
+    "masked_lm": MaskedLM,
 }
 
 SHIPPED = Path(__file__).parent / "weights"

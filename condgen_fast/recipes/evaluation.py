@@ -15,7 +15,12 @@ from condgen_fast.metrics.bleu import bleu
 from condgen_fast.models.checkpoint import kind
 from condgen_fast.models.layers import EncoderDecoder
 
-OWN_STRATEGY = {"transformer": "beam", "cmlm": "mask_predict", "levenshtein": "levenshtein"}
+OWN_STRATEGY = {
+    "transformer": "beam",
+    "cmlm": "mask_predict",
+    "levenshtein": "levenshtein",
+    "masked_lm": "block_diffusion",
+}
 
 
 @dataclass(kw_only=True)
@@ -23,27 +28,35 @@ class DecodingOptions:
     """How to decode: a strategy and its options; an option that the strategy does not have is an error."""
 
     strategy: str | None = None
-    """greedy, beam, sample, mask_predict or levenshtein; by default the one the model was trained for"""
+    """a short name, as decode() lists them; by default the strategy that the model was trained for"""
     beam_size: int | None = None
     """beam: hypotheses kept at every step"""
     length_penalty: float | None = None
     """beam: exponent of the length that scores are divided by"""
     temperature: float | None = None
-    """sample: softmax temperature"""
+    """sample, block_diffusion: softmax temperature"""
     top_k: int | None = None
     """sample: draw among this many most probable tokens"""
     top_p: float | None = None
     """sample: draw among the most probable tokens that hold this share of the probability"""
     seed: int | None = None
-    """sample: seed of the draws"""
+    """sample, block_diffusion: seed of the draws"""
     iterations: int | None = None
     """mask_predict: decoder passes"""
     length_beam: int | None = None
     """mask_predict: candidate lengths a sentence"""
     max_iterations: int | None = None
-    """levenshtein: rounds of delete, insert, fill at most"""
+    """levenshtein, refine, insert: rounds at most"""
     eos_penalty: float | None = None
-    """levenshtein: subtracted from the score of inserting nothing"""
+    """levenshtein, insert: subtracted from the score of inserting nothing"""
+    policy: str | None = None
+    """block_diffusion: quota, threshold, margin or entropy"""
+    threshold: float | None = None
+    """block_diffusion: how sure a token must be to be written (quota has none)"""
+    steps: int | None = None
+    """block_diffusion: passes a block, of policy quota"""
+    block_length: int | None = None
+    """block_diffusion: positions of a block"""
     max_length: int | None = None
     """tokens of a translation at most, the closing eos counted"""
 

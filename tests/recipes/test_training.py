@@ -29,7 +29,7 @@ def assert_same_weights(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("kind", ["transformer", "cmlm", "levenshtein"])
+@pytest.mark.parametrize("kind", ["transformer", "cmlm", "levenshtein", "masked_lm"])
 def test_a_resumed_run_ends_with_the_same_weights(kind, train_arguments, tmp_path, monkeypatch):
     assert main(train_arguments(kind, tmp_path / "whole")) == 0
     folder = tmp_path / "whole"
@@ -220,6 +220,7 @@ def test_an_unknown_option_names_the_nearest(train_arguments, tmp_path, capsys):
         "transformer",
         "cmlm",
         "levenshtein",
+        "masked_lm",
     ]
 
 
