@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from condgen_fast._check import check_token_ids
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel, FillModel
 from condgen_fast.decode.trace import Trace
@@ -18,6 +23,51 @@ def between(lengths: Tensor, width: int) -> Tensor:
     """bool [B, width]: the positions between bos and eos of canvases [B, width] with `lengths` [B] tokens inside."""
     position = torch.arange(width, device=lengths.device)
     return (position > 0) & (position <= lengths[:, None])
+
+
+def initial_canvas(
+    initial: Tensor | Sequence[Sequence[int]] | None, model: FillModel | EditModel, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Canvases int64 [B, W] of given tokens between bos and eos, and their lengths [B], bos and eos counted.
+
+    initial: int64 [B, L] padded on the right, or a list of ids per sentence, without bos, eos and mask; None: nothing.
+    Raises TypeError for another type, ValueError for what cannot stand there or does not fit the model's positions.
+    """
+    if initial is None:
+        given = torch.empty(batch, 0, dtype=torch.int64, device=device)
+    elif isinstance(initial, Tensor):
+        given = initial
+    else:
+        if not _is_sequence(initial) or not all(_is_sequence(row) and _are_ids(row) for row in initial):
+            raise TypeError(f"initial must be a Tensor [B, L] or a list of lists of ids; got {initial!r:.60}")
+        width = max(map(len, initial), default=0)
+        rows = [[*row, *[model.pad_id] * (width - len(row))] for row in initial]
+        given = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), width)
+    check_token_ids(given, "initial", shape="B L", vocab_size=model.vocab_size)
+    if given.shape[0] != batch:
+        raise ValueError(f"initial must hold tokens for each of the {batch} sentences; got {given.shape[0]}")
+    given = given.to(device=device, dtype=torch.int64)
+    real = given != model.pad_id
+    wrong = (given == model.bos_id) | (given == model.eos_id) | (given == model.mask_id)
+    wrong[:, 1:] |= real[:, 1:] & ~real[:, :-1]
+    if bool(wrong.any()):
+        raise ValueError("initial must hold no bos, eos or mask, and padding only on the right; got one")
+    widest = int(real.sum(1).max()) if given.numel() else 0
+    longest = getattr(model, "max_positions", None)
+    if longest is not None and widest + 2 > longest:
+        raise ValueError(f"initial must fit the model's {longest} positions with bos and eos; got {widest} tokens")
+    lengths = real.sum(1) + 2
+    tokens = torch.nn.functional.pad(given[:, :widest], (1, 1), value=model.pad_id)
+    tokens[:, 0] = model.bos_id
+    return tokens.scatter_(1, lengths[:, None] - 1, model.eos_id), lengths
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _are_ids(row: Sequence[Any]) -> bool:
+    return all(isinstance(token, Integral) for token in row)
 
 
 def predict(model: FillModel | EditModel, tokens: Tensor, memory: object, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from condgen_fast._check import check_number, check_token_ids
-from condgen_fast.decode.canvas import between, hypotheses, mean_log_prob, predict, true_positions
+from condgen_fast._check import check_number
+from condgen_fast.decode.canvas import between, hypotheses, initial_canvas, mean_log_prob, predict, true_positions
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel
 from condgen_fast.decode.trace import Recorder
@@ -136,16 +135,8 @@ class LevenshteinRefinement:
 
     def _start(self, model: EditModel, source: Tensor, source_lengths: Tensor) -> _Sentences:
         batch, device = source.shape[0], source.device
-        given = self._given_tokens(model, batch, device)
-        lengths = (given != model.pad_id).sum(1) + 2
+        tokens, lengths = initial_canvas(self.initial, model, batch, device)
         longest = getattr(model, "max_positions", None)
-        if longest is not None and given.shape[1] + 2 > longest:
-            raise ValueError(
-                f"initial must fit the model's {longest} positions with bos and eos; got {given.shape[1]} tokens"
-            )
-        tokens = torch.nn.functional.pad(given, (1, 1), value=model.pad_id)
-        tokens[:, 0] = model.bos_id
-        tokens.scatter_(1, lengths[:, None] - 1, model.eos_id)
         if self.max_length is None:
             bounds = (2 * source_lengths).clamp(min=10) + 1  # bos
         else:
@@ -166,29 +157,6 @@ class LevenshteinRefinement:
             earlier=none_yet,
             settled=torch.zeros(batch, dtype=torch.bool, device=device),
         )
-
-    def _given_tokens(self, model: EditModel, batch: int, device: torch.device) -> Tensor:
-        """`initial` as int64 [B, L], right-padded, checked and as narrow as its longest row."""
-        given = self.initial
-        if given is None:
-            return torch.empty(batch, 0, dtype=torch.int64, device=device)
-        if not isinstance(given, Tensor):
-            if not _is_sequence(given) or not all(_is_sequence(row) and _are_ids(row) for row in given):
-                raise TypeError(f"initial must be a Tensor [B, L] or a list of lists of ids; got {given!r:.60}")
-            width = max(map(len, given), default=0)
-            rows = [[*row, *[model.pad_id] * (width - len(row))] for row in given]
-            given = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), width)
-        check_token_ids(given, "initial", shape="B L", vocab_size=model.vocab_size)
-        if given.shape[0] != batch:
-            raise ValueError(f"initial must hold tokens for each of the {batch} sentences; got {given.shape[0]}")
-        given = given.to(device=device, dtype=torch.int64)
-        real = given != model.pad_id
-        widest = int(real.sum(1).max()) if given.numel() else 0
-        wrong = (given == model.bos_id) | (given == model.eos_id) | (given == model.mask_id)
-        wrong[:, 1:] |= real[:, 1:] & ~real[:, :-1]
-        if bool(wrong.any()):
-            raise ValueError("initial must hold no bos, eos or mask, and padding only on the right; got one")
-        return given[:, :widest]
 
     def _delete_and_insert(
         self,
@@ -257,14 +225,6 @@ class LevenshteinRefinement:
         """float32 [R]: mean log-probability of the tokens, -inf where there are none."""
         inside = between((tokens != model.pad_id).sum(1) - 2, tokens.shape[1])
         return mean_log_prob(log_probs, inside).masked_fill(~inside.any(1), -torch.inf)
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _are_ids(row: Sequence[Any]) -> bool:
-    return all(isinstance(token, Integral) for token in row)
 
 
 def _widen(value: Tensor, width: int, filler: float) -> Tensor:
