@@ -81,7 +81,8 @@ class ParallelDataset:
     """Encoded sentence pairs.
 
     `source` and `target` hold ids without bos and eos; `source_lengths` and `target_lengths` (numpy int64, [N]) are
-    lengths as they stand in a batch: a source with its eos, a target with its bos and eos.
+    lengths as they stand in a batch: a source with its eos, a target with its bos and eos. `lines` (numpy int64, [N])
+    are the places in the text that `encode` read, from 0.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class ParallelDataset:
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
         self.source_lengths = self.source.lengths + 1
         self.target_lengths = self.target.lengths + 2
+        self.lines = np.arange(len(self.source))
 
     @classmethod
     def encode(
@@ -115,17 +117,19 @@ class ParallelDataset:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length must be at least 2; got {max_length}")
         empty = long = 0
-        sources, targets = [], []
+        sources, targets, lines = [], [], []
         for start in range(0, len(source), 10_000):  # a part at a time: as Python lists the ids of a corpus are large
             part = slice(start, start + 10_000)
             pairs = []
-            for pair in zip(vocabulary.encode(list(source[part])), vocabulary.encode(list(target[part])), strict=True):
+            both = zip(vocabulary.encode(list(source[part])), vocabulary.encode(list(target[part])), strict=True)
+            for line, pair in enumerate(both, start):
                 if not all(pair):
                     empty += 1
                 elif max_length is not None and max(map(len, pair)) >= max_length:
                     long += 1
                 else:
                     pairs.append(pair)
+                    lines.append(line)
             sources.append(TokenRows([a for a, _ in pairs]))
             targets.append(TokenRows([b for _, b in pairs]))
         if empty or long:
@@ -133,10 +137,12 @@ class ParallelDataset:
                 "%d of %d pairs left out: %d with an empty side, %d with more than %s tokens",
                 empty + long, len(source), empty, long, max_length,
             )  # fmt: skip
-        return cls(
+        data = cls(
             TokenRows.concatenate(sources), TokenRows.concatenate(targets),
             pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
         )  # fmt: skip
+        data.lines = np.array(lines, dtype=np.int64)
+        return data
 
     def __len__(self) -> int:
         return len(self.source)
