@@ -15,7 +15,14 @@ from torch import Tensor
 
 from condgen_fast._check import check_token_ids
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.protocols import EditModel, FillModel, MaskedModel, StepModel, missing_members
+from condgen_fast.decode.protocols import (
+    EditModel,
+    FillModel,
+    InsertionModel,
+    MaskedModel,
+    StepModel,
+    missing_members,
+)
 
 # short name → module of this folder and class in it; loaded when first asked for
 _STRATEGIES = {
@@ -24,6 +31,8 @@ _STRATEGIES = {
     "sample": ("sampling", "Sampling"),
     "mask_predict": ("mask_predict", "MaskPredict"),
     "levenshtein": ("levenshtein", "LevenshteinRefinement"),
+    "refine": ("iterative_refinement", "IterativeRefinement"),
+    "insert": ("insertion", "InsertionDecoding"),
     "block_diffusion": ("block_diffusion", "BlockDiffusion"),
 }
 _CLASSES = {class_name: module for module, class_name in _STRATEGIES.values()} | {"adapt": "hugging_face"}
@@ -35,6 +44,9 @@ __all__ = [
     "FillModel",
     "Greedy",
     "Hypotheses",
+    "InsertionDecoding",
+    "InsertionModel",
+    "IterativeRefinement",
     "LevenshteinRefinement",
     "MaskPredict",
     "MaskedModel",
@@ -61,13 +73,13 @@ def decode(
 ) -> Hypotheses:
     """Decode a batch of source sentences.
 
-    model           what the strategy needs: `StepModel` (greedy, beam, sample), `FillModel` (mask_predict), `EditModel`
-                    (levenshtein) or `MaskedModel` (block_diffusion). A module in training mode is put in eval mode for
-                    the call and back after.
+    model           what the strategy needs: `StepModel` (greedy, beam, sample), `FillModel` (mask_predict, refine),
+                    `EditModel` (levenshtein, insert), `InsertionModel` (insert) or `MaskedModel` (block_diffusion).
+                    A module in training mode is put in eval mode for the call and back after.
     source          [B, S] int64, right-padded with `model.pad_id`, or B lists of ids. An empty sentence is given to
                     the model as a lone eos.
     strategy        a strategy, or its short name: greedy | beam | sample | mask_predict | levenshtein |
-                    block_diffusion
+                    refine | insert | block_diffusion
     source_lengths  [B] int64; by default everything up to a sentence's last token that is not padding
     options         fields of the strategy named; none beside a strategy that is an instance
 
@@ -120,16 +132,19 @@ def _nearest(name: str, choices: Any) -> str:
 
 
 def _check_model(model: Any, strategy: Any) -> None:
-    """Every strategy names what it needs in its class attribute `model_protocol`; a user's own need not."""
-    protocol = getattr(strategy, "model_protocol", None)
-    missing = missing_members(model, protocol) if protocol else []
-    if missing:
+    """Every strategy names what it needs, or its alternatives, in its class attribute `model_protocol`; a user's own
+    need not."""
+    protocols = getattr(strategy, "model_protocol", ())
+    protocols = protocols if isinstance(protocols, tuple) else (protocols,)
+    lacking = [(missing_members(model, protocol), protocol) for protocol in protocols]
+    if lacking and all(missing for missing, _ in lacking):
+        missing, protocol = min(lacking, key=lambda pair: len(pair[0]))
         hint = ""
         if protocol is StepModel and hasattr(model, "generate"):
             hint = "; a Hugging Face encoder-decoder is decoded through condgen_fast.decode.adapt(model)"
         raise TypeError(
-            f"{type(strategy).__name__} needs a {protocol.__name__}; {type(model).__name__} has no "
-            f"{', '.join(missing)}{hint}"
+            f"{type(strategy).__name__} needs a {' or '.join(p.__name__ for p in protocols)}; "
+            f"{type(model).__name__} has no {', '.join(missing)}{hint}"
         )
 
 

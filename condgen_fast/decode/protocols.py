@@ -111,6 +111,32 @@ class EditModel(Protocol):
 
 
 @runtime_checkable
+class InsertionModel(Protocol):
+    """A decoder that says of every slot between two tokens which token comes there (Insertion Transformer).
+
+    A canvas begins with bos and ends with eos. `tokens` always has as many rows as `memory`.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> Any:
+        """Memory of `source` [B, S] int64 with `source_lengths` [B]."""
+        ...
+
+    def select(self, memory: Any, rows: Tensor) -> Any:
+        """Memory of those rows [R] int64, in that order, repeats allowed."""
+        ...
+
+    def slot_logits(self, tokens: Tensor, memory: Any) -> Tensor:
+        """Logits [B, L-1, V] of the token to insert after each token but the last; eos means nothing."""
+        ...
+
+
+@runtime_checkable
 class MaskedModel(Protocol):
     """A FillModel without encoder (a masked-diffusion language model): what is given stands in the canvas itself.
 
