@@ -1,6 +1,7 @@
 // Schemas of the refinement family, and its CPU ops: threads over rows. row_stats on a GPU is Triton's.
 #include "refinement/refinement.h"
 
+#include <cmath>
 #include <type_traits>
 
 #include "common/parallel.h"
@@ -24,11 +25,13 @@ void with_logit_type(const Tensor& logits, const Call& call) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,                       // [N, V]
-                                                         const std::optional<Tensor>& rows,          // [M]
-                                                         const std::optional<Tensor>& temperature,   // [1] or [M]
-                                                         const std::optional<Tensor>& seed,          // [1]
-                                                         const std::optional<Tensor>& noise_rows) {  // [M]
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Stats row_stats_cpu(const Tensor& logits,                       // [N, V]
+                    const std::optional<Tensor>& rows,          // [M]
+                    const std::optional<Tensor>& temperature,   // [1] or [M]
+                    const std::optional<Tensor>& seed,          // [1]
+                    const std::optional<Tensor>& noise_rows) {  // [M]
   check_shape(logits, "logits", {-1, -1});
   const int64_t height = logits.size(0), width = logits.size(1);
   CONDGEN_FAST_CHECK(width >= 1, "logits must have V at least 1; got ", width);
@@ -47,6 +50,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,  
   if (temperature) {
     const int64_t each = temperature->dim() == 1 && temperature->size(0) == 1 ? 1 : count;
     temperatures = checked(*temperature, "temperature", ScalarType::Float, {each}, logits);
+    const float* value = temperatures->const_data_ptr<float>();
+    for (int64_t i = 0; i < each; ++i) {
+      CONDGEN_FAST_CHECK(value[i] != INFINITY, "temperature must be finite; got ", value[i]);
+    }
     key = static_cast<uint64_t>(*checked(*seed, "seed", ScalarType::Long, {1}, logits).const_data_ptr<int64_t>());
   }
   if (noise_rows) noise = checked(*noise_rows, "noise_rows", ScalarType::Long, {count}, logits);
@@ -54,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,  
   Tensor log_prob = torch::stable::new_empty(logits, {count}, ScalarType::Float);
   Tensor margin = torch::stable::new_empty(logits, {count}, ScalarType::Float);
   Tensor entropy = torch::stable::new_empty(logits, {count}, ScalarType::Float);
+  Tensor best = torch::stable::new_empty(logits, {temperature ? count : 0}, ScalarType::Long);
   with_logit_type(logits, [&](auto type) {
     using Logit = typename decltype(type)::type;
     RowStatsArguments<Logit> arguments;
@@ -69,10 +77,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits,  
     arguments.log_prob = log_prob.mutable_data_ptr<float>();
     arguments.margin = margin.mutable_data_ptr<float>();
     arguments.entropy = entropy.mutable_data_ptr<float>();
+    arguments.best = temperature ? best.mutable_data_ptr<int64_t>() : nullptr;
     parallel_for(count, width,
                  [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(row_stats, arguments, begin, end); });
   });
-  return {token, log_prob, margin, entropy};
+  return {token, log_prob, margin, entropy, best};
 }
 
 constexpr int64_t kSelectionWork = 8;  // simple operations a position
@@ -85,13 +94,15 @@ Tensor remask_cpu(const Tensor& scores, const Tensor& count, const Tensor& maska
 }
 
 std::tuple<Tensor, Tensor> commit_cpu(const Tensor& token, const Tensor& ranking, const Tensor& canvas,
-                                      const Tensor& maskable, const Tensor& minimum, const std::optional<Tensor>& bound,
-                                      const std::optional<Tensor>& active, bool entropy) {
-  return commit_op(
-      token, ranking, canvas, maskable, minimum, bound, active, entropy, [](const auto& arguments, int64_t batch) {
-        parallel_for(batch, kSelectionWork * arguments.width,
-                     [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(commit, arguments, begin, end); });
-      });
+                                      const Tensor& maskable, const std::optional<Tensor>& minimum,
+                                      const std::optional<Tensor>& bound, const std::optional<Tensor>& active,
+                                      int64_t least, double limit, int64_t policy) {
+  return commit_op(token, ranking, canvas, maskable, minimum, bound, active, least, limit, policy,
+                   [](const auto& arguments, int64_t batch) {
+                     parallel_for(batch, kSelectionWork * arguments.width, [&](int64_t begin, int64_t end) {
+                       CONDGEN_FAST_CPU_CALL(commit, arguments, begin, end);
+                     });
+                   });
 }
 
 }  // namespace
@@ -100,11 +111,11 @@ std::tuple<Tensor, Tensor> commit_cpu(const Tensor& token, const Tensor& ranking
 STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
   m.def(
       "row_stats(Tensor logits, Tensor? rows, Tensor? temperature, Tensor? seed, Tensor? noise_rows=None) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("remask(Tensor scores, Tensor count, Tensor maskable) -> Tensor");
   m.def(
-      "commit(Tensor token, Tensor ranking, Tensor canvas, Tensor maskable, Tensor minimum, Tensor? bound, "
-      "Tensor? active, bool entropy) -> (Tensor, Tensor)");
+      "commit(Tensor token, Tensor ranking, Tensor canvas, Tensor maskable, Tensor? minimum, Tensor? bound, "
+      "Tensor? active, int least, float limit, int policy) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(condgen_fast, CPU, m) {

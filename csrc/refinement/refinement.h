@@ -29,6 +29,7 @@ struct RowStatsArguments {
   float* log_prob;  // [M]
   float* margin;    // [M]
   float* entropy;   // [M]
+  int64_t* best;    // [M], the argmax, which `token` is not where it is drawn; or null
 };
 
 struct RemaskArguments {
@@ -51,10 +52,12 @@ struct CommitArguments {
   const float* ranking;    // [B, T], the highest first; for kEntropy the lowest
   const Canvas* canvas;    // [B, T]
   const bool* maskable;    // [B, T]
-  const int64_t* minimum;  // [B]
-  const float* bound;      // [B]; for kQuota null
-  const bool* active;      // [B] or null
-  int64_t width;           // T
+  const int64_t* minimum;  // [B], or null: `least` for all
+  const float* bound;      // [B], or null: `limit` for all; kQuota reads neither
+  int64_t least;
+  float limit;
+  const bool* active;  // [B] or null
+  int64_t width;       // T
   Policy policy;
   // outputs
   Canvas* out;      // [B, T]

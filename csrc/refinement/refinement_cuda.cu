@@ -26,17 +26,18 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(CommitArguments<Canvas
   const float* ranking = a.ranking + first;
   const bool active = a.active == nullptr || a.active[blockIdx.x];
   const bool entropy = a.policy == Policy::kEntropy;
+  const float bound = a.bound ? a.bound[blockIdx.x] : a.limit;
   long long open = 0, count = 0;
   if (active) {
     long long mine = 0, reached = 0;
     for (int64_t i = threadIdx.x; i < a.width; i += kThreads) {
       mine += maskable[i];
-      if (a.policy == Policy::kAtLeast) reached += maskable[i] && reaches(ranking[i], a.bound[blockIdx.x]);
+      if (a.policy == Policy::kAtLeast) reached += maskable[i] && reaches(ranking[i], bound);
     }
     open = block_sum(mine, shared);
     if (a.policy == Policy::kAtLeast) count = block_sum(reached, shared);
-    if (entropy) count = allowed_entropies(ranking, maskable, a.width, a.bound[blockIdx.x], open, shared);
-    count = max(count, static_cast<long long>(a.minimum[blockIdx.x]));
+    if (entropy) count = allowed_entropies(ranking, maskable, a.width, bound, open, shared);
+    count = max(count, static_cast<long long>(a.minimum ? a.minimum[blockIdx.x] : a.least));
   }
   choose(
       count, open, maskable, a.width,
@@ -57,11 +58,11 @@ Tensor remask_cuda(const Tensor& scores, const Tensor& count, const Tensor& mask
 }
 
 std::tuple<Tensor, Tensor> commit_cuda(const Tensor& token, const Tensor& ranking, const Tensor& canvas,
-                                       const Tensor& maskable, const Tensor& minimum,
+                                       const Tensor& maskable, const std::optional<Tensor>& minimum,
                                        const std::optional<Tensor>& bound, const std::optional<Tensor>& active,
-                                       bool entropy) {
+                                       int64_t least, double limit, int64_t policy) {
   const OnDeviceOf device(canvas);
-  return commit_op(token, ranking, canvas, maskable, minimum, bound, active, entropy,
+  return commit_op(token, ranking, canvas, maskable, minimum, bound, active, least, limit, policy,
                    [&](const auto& arguments, int64_t batch) {
                      commit_kernel<<<batch, kThreads, 0, device.stream()>>>(arguments);
                      check_launch("commit");

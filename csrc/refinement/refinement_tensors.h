@@ -18,7 +18,7 @@ inline Tensor checked(const Tensor& value, const char* name, ScalarType dtype, s
   check_shape(value, name, sizes);
   check_dtype(value, name, {dtype});
   check_same_device(value, name, like, "the others");
-  return torch::stable::contiguous(value);
+  return value.is_contiguous() ? value : torch::stable::contiguous(value);  // a call of torch takes a microsecond
 }
 
 template <class Run>
@@ -39,23 +39,25 @@ Tensor remask_op(const Tensor& scores,    // [B, T]
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor> commit_op(const Tensor& token,                  // [B, T]
-                                     const Tensor& ranking,                // [B, T]
-                                     const Tensor& canvas,                 // [B, T]
-                                     const Tensor& maskable,               // [B, T]
-                                     const Tensor& minimum,                // [B]
-                                     const std::optional<Tensor>& bound,   // [B]
-                                     const std::optional<Tensor>& active,  // [B]
-                                     bool entropy, const Run& run) {
+std::tuple<Tensor, Tensor> commit_op(const Tensor& token,                   // [B, T]
+                                     const Tensor& ranking,                 // [B, T]
+                                     const Tensor& canvas,                  // [B, T]
+                                     const Tensor& maskable,                // [B, T]
+                                     const std::optional<Tensor>& minimum,  // [B]
+                                     const std::optional<Tensor>& bound,    // [B]
+                                     const std::optional<Tensor>& active,   // [B]
+                                     int64_t least, double limit, int64_t policy, const Run& run) {
   check_shape(canvas, "canvas", {-1, -1});
   check_dtype(canvas, "canvas", {ScalarType::Long, ScalarType::Int});
   const int64_t batch = canvas.size(0), width = canvas.size(1);
   const Tensor t = checked(token, "token", ScalarType::Long, {batch, width}, canvas);
   const Tensor r = checked(ranking, "ranking", ScalarType::Float, {batch, width}, canvas);
-  const Tensor x = torch::stable::contiguous(canvas);
+  const Tensor x = canvas.is_contiguous() ? canvas : torch::stable::contiguous(canvas);
   const Tensor m = checked(maskable, "maskable", ScalarType::Bool, {batch, width}, canvas);
-  const Tensor least = checked(minimum, "minimum", ScalarType::Long, {batch}, canvas);
-  std::optional<Tensor> b, a;
+  CONDGEN_FAST_CHECK(policy >= 0 && policy <= static_cast<int64_t>(Policy::kEntropy), "policy must be 0, 1 or 2; got ",
+                     policy);
+  std::optional<Tensor> n, b, a;
+  if (minimum) n = checked(*minimum, "minimum", ScalarType::Long, {batch}, canvas);
   if (bound) b = checked(*bound, "bound", ScalarType::Float, {batch}, canvas);
   if (active) a = checked(*active, "active", ScalarType::Bool, {batch}, canvas);
   Tensor out = torch::stable::new_empty(x, {batch, width});
@@ -67,11 +69,13 @@ std::tuple<Tensor, Tensor> commit_op(const Tensor& token,                  // [B
     arguments.ranking = r.const_data_ptr<float>();
     arguments.canvas = x.const_data_ptr<Canvas>();
     arguments.maskable = m.const_data_ptr<bool>();
-    arguments.minimum = least.const_data_ptr<int64_t>();
+    arguments.minimum = n ? n->const_data_ptr<int64_t>() : nullptr;
     arguments.bound = b ? b->const_data_ptr<float>() : nullptr;
     arguments.active = a ? a->const_data_ptr<bool>() : nullptr;
     arguments.width = width;
-    arguments.policy = !b ? Policy::kQuota : entropy ? Policy::kEntropy : Policy::kAtLeast;
+    arguments.least = least;
+    arguments.limit = static_cast<float>(limit);
+    arguments.policy = static_cast<Policy>(policy);
     arguments.out = out.mutable_data_ptr<Canvas>();
     arguments.committed = committed.mutable_data_ptr<bool>();
     if (batch > 0 && width > 0) run(arguments, batch);

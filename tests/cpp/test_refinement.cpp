@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 
+#include "refinement/noise.h"
 #include "testing.h"
 
 namespace condgen_fast::refinement {
@@ -15,12 +16,13 @@ constexpr float kInfinity = INFINITY;
 struct Stats {
   std::vector<int64_t> token;
   std::vector<float> log_prob, margin, entropy;
+  std::vector<int64_t> best;
 };
 
 Stats stats_of(const std::vector<float>& logits, int64_t width, const std::vector<float>& temperature, uint64_t seed) {
   const int64_t count = static_cast<int64_t>(logits.size()) / width;
   Stats stats{std::vector<int64_t>(count), std::vector<float>(count), std::vector<float>(count),
-              std::vector<float>(count)};
+              std::vector<float>(count), std::vector<int64_t>(count)};
   RowStatsArguments<float> arguments{};
   arguments.logits = logits.data();
   arguments.stride = arguments.width = width;
@@ -30,26 +32,9 @@ Stats stats_of(const std::vector<float>& logits, int64_t width, const std::vecto
   arguments.log_prob = stats.log_prob.data();
   arguments.margin = stats.margin.data();
   arguments.entropy = stats.entropy.data();
+  arguments.best = stats.best.data();
   CONDGEN_FAST_CPU_CALL(row_stats, arguments, 0, count);
   return stats;
-}
-
-// Philox4x32-10 and the noise made of it, as reference.py defines them.
-double noise(uint64_t seed, uint64_t row, uint64_t column) {
-  uint32_t c[4] = {static_cast<uint32_t>(column / 4), static_cast<uint32_t>(column / 4 >> 32),
-                   static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32)};
-  uint32_t k[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(b),
-                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(a)};
-    std::copy(next, next + 4, c);
-    k[0] += 0x9E3779B9u;
-    k[1] += 0xBB67AE85u;
-  }
-  const uint32_t word = c[column % 4];
-  const double fine = (word + 0.5) / 4294967296.0, coarse = ((word >> 9) + 0.5) / 8388608.0;
-  return -std::log(word < (1u << 20) ? fine + fine * fine / 2 : -std::log(1 - coarse));
 }
 
 std::vector<float> random_row(int64_t width, float scale) {
@@ -60,7 +45,7 @@ std::vector<float> random_row(int64_t width, float scale) {
 }
 
 TEST(refinement_row_stats_is_the_definition) {
-  for (int64_t width : {1, 2, 3, 17, 63, 64, 65, 1023, 1024, 1025, 4096, 5000}) {
+  for (int64_t width : {1, 2, 3, 17, 63, 64, 65, 1025, 2047, 2048, 2049, 4096, 5000}) {
     for (float scale : {0.01f, 1.0f, 20.0f, 3000.0f}) {
       std::vector<float> row = random_row(width, scale);
       if (scale >= 1.0f) row[testing::random_int(0, width - 1)] = *std::max_element(row.begin(), row.end());  // a tie
@@ -81,9 +66,24 @@ TEST(refinement_row_stats_is_the_definition) {
   }
 }
 
-// Few logits' noise is computed; this computes all.
-TEST(refinement_row_stats_draws_the_highest_noisy_logit) {
-  for (int64_t width : {1, 3, 64, 1024, 1026, 3001}) {
+TEST(refinement_chunk_noise_is_philox) {  // kat_vectors of Random123 1.09, philox4x32 with 10 rounds, the first words
+  struct Case {
+    uint64_t seed, row, chunk;
+    uint32_t words[3];
+  };
+  for (const Case& known :
+       {Case{0, 0, 0, {0x6627E8D5, 0xE169C58D, 0xBC57AC4C}},
+        Case{~0ull, ~0ull, ~0ull, {0x408F276D, 0x41C83B0E, 0xA20BC7C6}},
+        Case{0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88, {0xD16CFE09, 0x94FDCCEB, 0x5001E420}}}) {
+    const ChunkNoise noise = chunk_noise(known.seed, known.row, known.chunk);
+    CHECK_NEAR(noise.exponential, -std::log(1 - ((known.words[0] >> 9) + 0.5) / 8388608.0), 1e-12);
+    CHECK_NEAR(noise.uniform, (known.words[1] * 4294967296.0 + known.words[2]) * 0x1p-64, 1e-15);
+  }
+}
+
+// In each row the chunk of the smallest exponential / sum of powers, and in it the column where their sum passes.
+TEST(refinement_row_stats_draws_by_chunks) {
+  for (int64_t width : {1, 3, 64, 1026, 2048, 2049, 9000}) {
     for (float temperature : {1e-30f, 0.1f, 1.0f, 30.0f, 1e30f}) {
       std::vector<float> logits;
       for (int64_t row = 0; row < 8; ++row) {
@@ -93,16 +93,27 @@ TEST(refinement_row_stats_draws_the_highest_noisy_logit) {
       const uint64_t seed = static_cast<uint64_t>(testing::random_int(0, INT64_MAX));
       const Stats got = stats_of(logits, width, {temperature}, seed);
       for (int64_t row = 0; row < 8; ++row) {
-        double best = -kInfinity;
-        int64_t token = 0;
-        for (int64_t i = 0; i < width; ++i) {
-          const double key = logits[row * width + i] + double{temperature} * noise(seed, row, i);
-          if (key > best) {
-            best = key;
-            token = i;
-          }
+        const float* x = logits.data() + row * width;
+        const float highest = *std::max_element(x, x + width);
+        const auto power = [&](int64_t i) { return std::exp((static_cast<double>(x[i]) - highest) / temperature); };
+        double best = kInfinity, passed = 0.0, sum_of_best = 1.0;
+        int64_t first = 0;
+        for (int64_t chunk = 0; chunk * kChunk < width; ++chunk) {
+          double sum = 0.0;
+          for (int64_t i = chunk * kChunk; i < std::min(width, (chunk + 1) * kChunk); ++i) sum += power(i);
+          const ChunkNoise noise = chunk_noise(seed, row, chunk);
+          if (!(noise.exponential / sum < best)) continue;
+          best = noise.exponential / sum;
+          first = chunk * kChunk;
+          passed = noise.uniform * sum;
+          sum_of_best = sum;
         }
-        CHECK(got.token[row] == token);
+        double before = 0.0;  // of the token drawn, within the slack that float32 sums take
+        for (int64_t i = first; i < got.token[row]; ++i) before += power(i);
+        CHECK(got.token[row] >= first && got.token[row] < first + kChunk && power(got.token[row]) > 0.0);
+        CHECK(before <= passed + 1e-6 * sum_of_best);
+        CHECK(before + power(got.token[row]) >= passed - 1e-6 * sum_of_best);
+        CHECK(got.best[row] == std::max_element(x, x + width) - x);
       }
     }
   }
@@ -172,8 +183,13 @@ TEST(refinement_commit_takes_the_surest) {
     arguments.ranking = ranking.data();
     arguments.canvas = canvas.data();
     arguments.maskable = maskable.get();
-    arguments.minimum = &minimum;
-    arguments.bound = &bound;
+    if (trial % 2 == 0) {
+      arguments.minimum = &minimum;
+      arguments.bound = &bound;
+    } else {
+      arguments.least = minimum;
+      arguments.limit = bound;
+    }
     arguments.width = width;
     arguments.policy = policy;
     arguments.out = out.data();

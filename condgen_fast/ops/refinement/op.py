@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,14 @@ from condgen_fast.ops.refinement.reference import Commit, RowStats
 __all__ = ["Commit", "RowStats", "commit", "remask", "row_stats"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_POLICIES = ("quota", "threshold", "entropy", "margin")
+# policy -> how the compiled op counts (0: as many as asked for, 1: those that reach the bound, 2: sums of entropies),
+# and the statistic it ranks by
+_POLICIES = {
+    "quota": (0, "log_prob"),
+    "threshold": (1, "log_prob"),
+    "entropy": (2, "entropy"),
+    "margin": (1, "margin"),
+}
 
 
 def row_stats(
@@ -29,8 +38,9 @@ def row_stats(
 
     The distribution is p = softmax(logits), at temperature 1, for ``log_prob``, ``margin`` and ``entropy`` alike: they
     are the model's own confidence and compare across temperatures. ``temperature`` only governs the choice: 0 takes
-    the most probable token (ties: the lowest), more draws from softmax(logits / temperature) by the Gumbel-max trick,
-    ``argmax(logits + temperature * noise)`` (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
+    the most probable token (ties: the lowest), more draws from softmax(logits / temperature) by the Gumbel-max trick
+    (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030), whose noise is that of a chunk of 2048 logits: the maximum of
+    such a chunk is a Gumbel variable at its log-sum-exp, so that one number decides between two chunks.
 
     NaN counts as -inf, +inf as the largest finite float32. A row of -inf alone has no distribution: token 0, log_prob
     -inf, margin 0, entropy 0. With V = 1 the second-highest probability is 0. Computed in float32; no gradient flows.
@@ -38,10 +48,10 @@ def row_stats(
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, V at least 1.
         temperature: finite and at least 0, or a float tensor of the shape of the results, a temperature for each row;
-            in a tensor what is not above 0 means 0.
-        generator: where the seed of the draws comes from, advanced by one; None: torch's global generator. The noise of
-            a logit is a function of (seed, row, column): a row draws the same whichever rows are asked for beside it,
-            and all implementations draw the same up to the rounding of float32.
+            in a tensor what is not above 0 means 0, and +inf is an error on the CPU (undefined elsewhere).
+        generator: where the seed of the draws comes from, advanced by one; None: torch's global generator. The noise
+            is a function of (seed, row, chunk of columns): a row draws the same whichever rows are asked for beside
+            it, and all implementations draw the same up to the rounding of float32.
         rows: [M] int64, which rows to read, indices into the flattened leading dimensions, in any order, repeats
             allowed; None: all. An index out of range is an error on the CPU; elsewhere its row counts as one of -inf.
         noise_rows: int64 of the shape of the results: what the noise takes for the row of a logit, so that a caller can
@@ -49,13 +59,14 @@ def row_stats(
         impl: "auto" (compiled on the CPU, Triton on a GPU), "reference" or "triton".
 
     Returns:
-        RowStats(token int64, log_prob, margin, entropy float32), each [...], or [M] with ``rows``.
+        RowStats(token int64, log_prob, margin, entropy float32, best int64), each [...], or [M] with ``rows``. ``best``
+        is the most probable token, ``token`` the one chosen, to which ``log_prob`` belongs.
 
     Raises:
         ValueError: a wrong shape, dtype, device, choice or number.
 
     Equivalent to, at temperature 0: ``p = logits.softmax(-1); top = p.topk(2).values; RowStats(p.argmax(-1),
-    p.amax(-1).log(), top[..., 0] - top[..., 1], torch.special.entr(p).sum(-1))``.
+    p.amax(-1).log(), top[..., 0] - top[..., 1], torch.special.entr(p).sum(-1), p.argmax(-1))``.
     """
     check_choice(impl, "impl", ("auto", "reference", "triton"))
     check_tensor(logits, "logits", shape="... V", dtypes=_FLOATS)
@@ -95,7 +106,8 @@ def row_stats(
     else:
         _library.require(logits.device)
         stats = torch.ops.condgen_fast.row_stats(flat, rows, temperatures, seed, noise_rows)
-    return RowStats(*(value.view(shape) for value in stats))
+    token, log_prob, margin, entropy = (value.view(shape) for value in stats[:4])
+    return RowStats(token, log_prob, margin, entropy, token if temperatures is None else stats[4].view(shape))
 
 
 def remask(
@@ -189,41 +201,46 @@ def commit(
     ``torch.where(committed, stats.token, canvas)``.
     """
     check_choice(impl, "impl", ("auto", "reference"))
-    check_choice(policy, "policy", _POLICIES)
+    check_choice(policy, "policy", tuple(_POLICIES))
+    kind, field = _POLICIES[policy]
     sizes = check_tensor(canvas, "canvas", shape="B T", dtypes=(torch.int64, torch.int32))
     device = canvas.device
     if not isinstance(stats, tuple) or not hasattr(stats, "_fields"):
         raise TypeError(f"stats must be a RowStats; got {type(stats).__name__}")
-    field = {"entropy": "entropy", "margin": "margin"}.get(policy, "log_prob")
     ranking = getattr(stats, field)
-    check_tensor(stats.token, "stats.token", shape="B T", dtypes=(torch.int64,), device=device, sizes=sizes)
-    check_tensor(ranking, f"stats.{field}", shape="B T", dtypes=_FLOATS, device=device, sizes=sizes)
-    check_tensor(maskable, "maskable", shape="B T", dtypes=(torch.bool,), device=device, sizes=sizes)
+    for value, name, dtypes in (
+        (stats.token, "stats.token", (torch.int64,)),
+        (ranking, f"stats.{field}", _FLOATS),
+        (maskable, "maskable", (torch.bool,)),
+    ):
+        # check_tensor says what is wrong, and takes as long as the rest of the call
+        fits = isinstance(value, Tensor) and value.shape == canvas.shape
+        if not fits or value.dtype not in dtypes or value.device != device:
+            check_tensor(value, name, shape="B T", dtypes=dtypes, device=device, sizes=sizes)
     if active is not None:
         check_tensor(active, "active", shape="B", dtypes=(torch.bool,), device=device, sizes=sizes)
-    wanted, other = ("quota", "threshold") if policy == "quota" else ("threshold", "quota")
-    given = {"quota": quota, "threshold": threshold}
-    if given[wanted] is None:
-        raise ValueError(f"{wanted} must be given for policy {policy!r}; got None")
-    if given[other] is not None:
-        raise ValueError(f"{other} must be None for policy {policy!r}, which does not read it; got {given[other]}")
-    bound = None
-    if policy == "quota":
-        at_least = _per_row(quota, "quota", torch.int64, sizes, device)
-    else:
-        at_least = _per_row(minimum, "minimum", torch.int64, sizes, device)
-        bound = _per_row(threshold, "threshold", torch.float32, sizes, device)
+    if (quota is None) == (policy == "quota"):
+        wanted, got = ("given", "None") if quota is None else ("None", quota)
+        raise ValueError(f"quota must be {wanted} for policy {policy!r}; got {got}")
+    if (threshold is None) == (policy != "quota"):
+        wanted, got = ("given", "None") if threshold is None else ("None", threshold)
+        raise ValueError(f"threshold must be {wanted} for policy {policy!r}; got {got}")
+    name = "minimum" if quota is None else "quota"
+    at_least, least = _per_row(minimum if quota is None else quota, name, torch.int64, sizes, device)
+    bound, limit = None, 0.0
+    if threshold is not None:
+        bound, limit = _per_row(threshold, "threshold", torch.float32, sizes, device)
         if policy == "threshold":
-            bound = bound.double().log().float()
+            bound = None if bound is None else bound.double().log().float()
+            limit = math.log(limit) if limit > 0 else -math.inf
 
-    ranking = ranking.detach().float()
+    if ranking.dtype != torch.float32 or ranking.requires_grad:
+        ranking = ranking.detach().float()
+    arguments = (stats.token, ranking, canvas, maskable, at_least, bound, active, least, limit, kind)
     if impl == "reference":
-        return reference.commit(stats.token, ranking, canvas, maskable, at_least, bound, active, policy == "entropy")
+        return reference.commit(*arguments)
     _library.require(device)
-    out = torch.ops.condgen_fast.commit(
-        stats.token, ranking, canvas, maskable, at_least, bound, active, policy == "entropy"
-    )
-    return Commit(*out)
+    return Commit(*torch.ops.condgen_fast.commit(*arguments))
 
 
 def _check_shape(value: Tensor, name: str, shape: torch.Size) -> None:
@@ -233,19 +250,21 @@ def _check_shape(value: Tensor, name: str, shape: torch.Size) -> None:
 
 def _per_row(
     value: float | Tensor, name: str, dtype: torch.dtype, sizes: dict[str, int], device: torch.device
-) -> Tensor:
+) -> tuple[Tensor | None, float]:
+    """A value for each row, or one for all."""
     if isinstance(value, Tensor):
         check_tensor(value, name, shape="B", dtypes=(dtype,), device=device, sizes=sizes)
-        return value
+        return value, 0
     check_number(value, name, minimum=0, integer=dtype == torch.int64)
-    return torch.full((sizes["B"],), value, dtype=dtype, device=device)
+    return None, value
 
 
 @_library.register_fake("row_stats")
 def _(logits, rows, temperature, seed, noise_rows=None):
     shape = logits.shape[:1] if rows is None else rows.shape
     floats = [logits.new_empty(shape, dtype=torch.float32) for _ in range(3)]
-    return (logits.new_empty(shape, dtype=torch.int64), *floats)
+    best = logits.new_empty((0,) if temperature is None else shape, dtype=torch.int64)
+    return (logits.new_empty(shape, dtype=torch.int64), *floats, best)
 
 
 @_library.register_fake("remask")
@@ -254,5 +273,5 @@ def _(scores, count, maskable):
 
 
 @_library.register_fake("commit")
-def _(token, ranking, canvas, maskable, minimum, bound, active, entropy):
+def _(token, ranking, canvas, maskable, minimum, bound, active, least, limit, policy):
     return canvas.new_empty(canvas.shape), maskable.new_empty(maskable.shape)

@@ -10,6 +10,8 @@ from torch import Tensor
 # Entropies are added as integers in units of 2^-32 nats, each at most 64 nats, so that no order of adding matters.
 ENTROPY_UNIT = 2.0**-32
 LARGEST_ENTROPY = 64.0
+# Columns that share the random numbers of a draw.
+CHUNK = 2048
 
 
 class RowStats(NamedTuple):
@@ -19,6 +21,7 @@ class RowStats(NamedTuple):
     log_prob: Tensor  # float32, natural logarithm, of `token`
     margin: Tensor  # float32, highest minus second-highest probability
     entropy: Tensor  # float32, in nats
+    best: Tensor | None = None  # int64, the most probable token, which `token` is not where it was drawn
 
 
 class Commit(NamedTuple):
@@ -49,13 +52,38 @@ def row_stats(
     margin = highest[:, 0] - (highest[:, 1] if p.shape[1] > 1 else 0.0)
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
 
-    key = x
+    best = token = highest_column(x)
     if temperature is not None:
-        noise = gumbel(seed, row if noise_rows is None else noise_rows, x.shape[1])
-        key = x + temperature.double().nan_to_num(nan=0.0).clamp(min=0.0)[:, None] * noise
-    token = (key == key.amax(-1, keepdim=True)).int().argmax(-1)  # argmax of booleans gives the first
+        if (temperature == torch.inf).any():
+            raise ValueError("temperature must be finite; got inf")
+        temperature = temperature.double().nan_to_num(nan=0.0).clamp(min=0.0).expand(len(row))
+        drawn = draw(x, temperature, seed, row if noise_rows is None else noise_rows)
+        token = torch.where((temperature > 0) & possible, drawn, best)
     log_prob = log_p.gather(1, token[:, None])[:, 0]
-    return RowStats(token, log_prob.float(), margin.float(), entropy.float())
+    return RowStats(token, log_prob.float(), margin.float(), entropy.float(), best)
+
+
+def highest_column(x: Tensor) -> Tensor:
+    return (x == x.amax(-1, keepdim=True)).int().argmax(-1)  # argmax of booleans gives the first
+
+
+def draw(x: Tensor, temperature: Tensor, seed: Tensor, row: Tensor) -> Tensor:
+    """A column of each row of x [M, V], drawn from softmax(x / temperature [M]).
+
+    The highest of the logits of a chunk, with Gumbel noise on each, is distributed as the chunk's log-sum-exp with
+    Gumbel noise, and which of them it is does not depend on how high it is. So one Gumbel variable -log(E) a chunk
+    decides between chunks, by the smallest E / sum of powers, and one uniform variable within the chunk chosen.
+    """
+    above = x - x.amax(-1, keepdim=True)
+    power = (above / temperature.clamp(min=1e-38)[:, None]).exp().nan_to_num(nan=0.0)  # NaN: a row of -inf alone
+    width = min(CHUNK, x.shape[1])
+    power = torch.nn.functional.pad(power, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
+    sums = power.sum(-1)  # [M, chunks]
+    exponential, uniform = chunk_noise(seed, row, sums.shape[1])
+    chunk = (exponential / sums).nan_to_num(nan=torch.inf).argmin(1)
+    here = torch.arange(len(row), device=x.device)
+    passed = power[here, chunk].cumsum(-1) > (uniform * sums)[here, chunk][:, None]
+    return chunk * CHUNK + (passed & (power[here, chunk] > 0)).int().argmax(-1)
 
 
 def remask(scores: Tensor, count: Tensor, maskable: Tensor) -> Tensor:
@@ -67,17 +95,22 @@ def commit(
     ranking: Tensor,  # [B, T]: higher is committed first, but for the entropy policy, where lower is
     canvas: Tensor,  # [B, T]
     maskable: Tensor,  # [B, T] bool
-    minimum: Tensor,  # [B] int64
-    bound: Tensor | None,  # [B]
+    minimum: Tensor | None,  # [B] int64; None: `least` for all
+    bound: Tensor | None,  # [B]; None: `limit` for all
     active: Tensor | None,  # [B] bool
-    entropy: bool,
+    least: int,
+    limit: float,
+    policy: int,  # 0: quota, 1: threshold or margin, 2: entropy
 ) -> Commit:
+    entropy, batch = policy == 2, canvas.shape[0]
+    minimum = torch.full((batch,), least, device=canvas.device) if minimum is None else minimum
+    bound = torch.full((batch,), limit, dtype=torch.float32, device=canvas.device) if bound is None else bound
     sureness = _defined(-ranking if entropy else ranking, nan=-torch.inf)
     rank = _rank(-sureness)
     count = minimum
-    if bound is not None and not entropy:
+    if policy == 1:
         count = count.maximum(((sureness >= bound.double()[:, None]) & maskable).sum(1))
-    elif bound is not None:
+    elif entropy:
         units = (-sureness.clamp(-LARGEST_ENTROPY, 0.0) / ENTROPY_UNIT).round().long() * maskable
         order = rank.masked_fill(~maskable, rank.shape[1]).argsort(dim=1, stable=True)
         units, open_ = units.gather(1, order), maskable.gather(1, order)
@@ -104,20 +137,19 @@ def _lowest(rank: Tensor, count: Tensor, maskable: Tensor) -> Tensor:
     return (place < count[:, None]) & maskable
 
 
-def gumbel(seed: Tensor, row: Tensor, width: int) -> Tensor:
-    """Standard Gumbel noise float64 [M, width], a function of (seed, row, column) alone.
+def chunk_noise(seed: Tensor, row: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Exponential and uniform variables float64 [M, chunks], functions of (seed, row, chunk) alone.
 
-    Every column takes one 32-bit word b of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-    1, 2, 3") with counter (column // 4, row) and the seed as key. From b comes an exponential variate E = -log(1 - w),
-    and the noise is -log(E). Where b is below 2^20, the end that decides between improbable tokens,
-    w = (b + 1/2) 2^-32 keeps all its bits; elsewhere 23 bits are kept, so that 1 - w is exact in float32.
+    Of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with counter (chunk, row) and
+    the seed as key. Where the first word b is below 2^20, the end that decides, w = (b + 1/2) 2^-32 keeps all its bits;
+    elsewhere 23 bits are kept, so that 1 - w is exact in float32; the exponential variable is -log(1 - w). The uniform
+    one takes the next 53 bits.
     """
-    columns = torch.arange(width, device=row.device)
-    words = torch.stack(philox(seed, (columns // 4)[None, :].expand(len(row), -1), row[:, None]), -1)
-    b = words.gather(-1, (columns % 4)[None, :, None].expand(len(row), -1, 1))[..., 0]
+    b, c, d, _ = philox(seed, torch.arange(chunks, device=row.device)[None, :].expand(len(row), -1), row[:, None])
     fine = (b.double() + 0.5) * 2.0**-32
     coarse = ((b >> 9).double() + 0.5) * 2.0**-23
-    return -torch.where(b < 2**20, fine + fine * fine / 2, -torch.log(1 - coarse)).log()
+    exponential = torch.where(b < 2**20, fine + fine * fine / 2, -torch.log1p(-coarse))
+    return exponential, ((c << 21 | d >> 11).double() + 0.5) * 2.0**-53
 
 
 def philox(seed: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
