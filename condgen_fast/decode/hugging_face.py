@@ -9,22 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from condgen_fast._check import check_token_ids
+from condgen_fast.decode.hugging_face_masked import HuggingFaceMaskedModel
 
 
-def adapt(model: nn.Module, *, forced_bos_id: int | None = None) -> HuggingFaceModel:
-    """A `transformers` encoder-decoder with a language-model head as a `StepModel`; its weights stay where they are.
+def adapt(
+    model: nn.Module,
+    *,
+    forced_bos_id: int | None = None,
+    mask_id: int | None = None,
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> HuggingFaceModel | HuggingFaceMaskedModel:
+    """A `transformers` model as one that strategies decode; its weights stay where they are.
+
+    An encoder-decoder with a language-model head (Marian, T5, BART) becomes a `StepModel`; with `mask_id`, a masked
+    language model without decoder (BERT, RoBERTa, ModernBERT) becomes a `MaskedModel`.
 
     forced_bos_id  the token that every target begins with (a language code, say); by default the model's own
                    `forced_bos_token_id`. As in `generate`, it costs nothing, and it stands first in the hypotheses.
 
-    Ids come from `model.generation_config`: bos is its `decoder_start_token_id`. Nothing else of the generation
-    configuration is read: beam size, lengths and penalties are options of the strategy.
+    mask_id        the tokenizer's `mask_token_id`; the model's config does not hold it
+    pad_id, bos_id, eos_id
+                   of a masked model; by default its config's pad, bos or cls, and eos or sep token id
 
-    Raises TypeError if the model is no encoder-decoder, ValueError where it does not have exactly one eos id, a pad id
-    and a decoder start id.
+    Ids of an encoder-decoder come from `model.generation_config`: bos is its `decoder_start_token_id`. Nothing else of
+    the generation configuration is read: beam size, lengths and penalties are options of the strategy.
+
+    Raises TypeError if the model is no encoder-decoder and there is no `mask_id`, ValueError where it does not have
+    exactly one eos id, a pad id and a decoder start id.
 
         decode(adapt(MarianMTModel.from_pretrained(path)), source, "beam", beam_size=4)
+        model = adapt(BertForMaskedLM.from_pretrained(path), mask_id=103, bos_id=101, eos_id=102)
+        decode(model, [[101, 2023, 103, 1037, 103, 102]], "block_diffusion").tokens
     """
+    if mask_id is not None:
+        return HuggingFaceMaskedModel(model, mask_id=mask_id, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
     return HuggingFaceModel(model, forced_bos_id)
 
 
