@@ -23,8 +23,8 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def train_arguments(corpus, tmp_path):
+@pytest.fixture(scope="session")
+def train_arguments(corpus):
     """Command line of a short training run: train_arguments("transformer", output, updates=6, …)."""
 
     def arguments(kind: str, output: Path, **more: object) -> list[str]:
