@@ -229,9 +229,10 @@ class BlockDiffusion:
         for some in where.split(PROJECTED_ROWS):
             logits = states.flatten(0, 1).index_select(0, places[some])
             logits = logits if project is None else project(logits)
-            for values, part in zip(stats, self._predict(model, logits, new[some], noise[some], seed), strict=True):
-                values[some] = part
-        stats = RowStats(*(values.view(open_.shape) for values in stats))
+            part = self._predict(model, logits, new[some], noise[some], seed)
+            for values, found in zip(stats[:4], part[:4], strict=True):
+                values[some] = found
+        stats = RowStats(*(values.view(open_.shape) for values in stats[:4]))
 
         entered = start != now.block
         now.planned = torch.where(entered, open_.sum(1), now.planned)

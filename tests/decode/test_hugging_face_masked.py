@@ -52,7 +52,7 @@ def infill_by_hand(model, canvas):
 SOURCES = [
     [BOS, 7, MASK, 9, MASK, MASK, EOS],
     [BOS, MASK, 11, EOS],
-    [MASK] * 3,
+    [MASK, 8, MASK, 10, MASK],
     [BOS, 5, 6, 7, 8, 9, MASK, 12, 13, EOS],
 ]
 
