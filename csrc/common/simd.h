@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -234,6 +234,45 @@ inline void store_first<float>(float* to, Vec lanes, int64_t count) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), lanes.raw);
 }
 #endif
+
+// Copies bytes past the caches, which neither keep them nor read the lines that are overwritten: for results of many
+// megabytes. finish_streams() comes before another thread may read them.
+inline void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  using Line = __m512i;
+  constexpr auto write = [](void* at, Line line) { _mm512_stream_si512(static_cast<Line*>(at), line); };
+#elif defined(__AVX2__)
+  using Line = __m256i;
+  constexpr auto write = [](void* at, Line line) { _mm256_stream_si256(static_cast<Line*>(at), line); };
+#else
+  using Line = __m128i;
+  constexpr auto write = [](void* at, Line line) { _mm_stream_si128(static_cast<Line*>(at), line); };
+#endif
+  constexpr int64_t kSize = sizeof(Line);
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  const int64_t head = (kSize - reinterpret_cast<uintptr_t>(to) % kSize) % kSize;
+  if (bytes >= head + kSize) {
+    std::memcpy(target, source, head);
+    int64_t done = head;
+    for (; done + kSize <= bytes; done += kSize) {
+      Line line;
+      std::memcpy(&line, source + done, sizeof line);
+      write(target + done, line);
+    }
+    std::memcpy(target + done, source + done, bytes - done);
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // --- Within a vector
 // --------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@
 namespace condgen_fast::kd_loss {
 namespace {
 
-constexpr int64_t kWorkPerLogit = 16;  // simple operations of a sweep over it
+constexpr int64_t kWorkPerLogit = 16;         // simple operations of a sweep over it
+constexpr int64_t kStreamedBytes = 16 << 20;  // a gradient of so many would not be in the caches anyway
 
 Dtype dtype_of(const Tensor& logits, const char* name) {
   check_dtype(logits, name, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
@@ -60,8 +61,8 @@ void check_ids(const int64_t* ids, int64_t rows, int64_t k, int64_t vocab_size) 
   });
 }
 
-std::tuple<Tensor, Tensor> run(Arguments& arguments, const Tensor& student, const std::optional<Tensor>& labels,
-                               const Tensor& coefficient, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> run(Arguments& arguments, const Tensor& student, const std::optional<Tensor>& labels,
+                                       const Tensor& coefficient, bool with_gradient, bool with_parts) {
   check_shape(student, "student", {-1, -1, -1});
   const int64_t rows = student.size(0) * student.size(1), width = student.size(2);
   CONDGEN_FAST_CHECK(width > 0, "student must have at least one column; got none");
@@ -86,13 +87,16 @@ std::tuple<Tensor, Tensor> run(Arguments& arguments, const Tensor& student, cons
   }
 
   Tensor losses = torch::stable::new_empty(factors, {rows});
+  Tensor parts = torch::stable::new_empty(factors, {with_parts ? rows : 0, with_parts ? kParts : 0});
   Tensor gradient = with_gradient ? torch::stable::new_empty(student, {student.size(0), student.size(1), width})
                                   : torch::stable::new_empty(student, {0});
   arguments.losses = losses.data_ptr();
-  arguments.gradient = with_gradient ? gradient.data_ptr() : nullptr;
+  arguments.parts = with_parts ? parts.data_ptr() : nullptr;
+  if (with_gradient) arguments.gradient = describe(gradient, "gradient");
+  arguments.stream = rows * width * size_of(arguments.student.dtype) >= kStreamedBytes;
   parallel_for(rows, kWorkPerLogit * width,
                [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(loss_of_rows, arguments, begin, end); });
-  return {losses, gradient};
+  return {losses, gradient, parts};
 }
 
 Arguments with_options(int64_t divergence, double hard, double soft, double temperature, double teacher_temperature,
@@ -112,11 +116,12 @@ Arguments with_options(int64_t divergence, double hard, double soft, double temp
   return arguments;
 }
 
-std::tuple<Tensor, Tensor> kd_loss_dense_cpu(const Tensor& student, const std::optional<Tensor>& teacher,
-                                             const std::optional<Tensor>& labels, const Tensor& coefficient,
-                                             int64_t divergence, double hard, double soft, double temperature,
-                                             double teacher_temperature, double jsd_beta, double label_smoothing,
-                                             double z_loss, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> kd_loss_dense_cpu(const Tensor& student, const std::optional<Tensor>& teacher,
+                                                     const std::optional<Tensor>& labels, const Tensor& coefficient,
+                                                     int64_t divergence, double hard, double soft, double temperature,
+                                                     double teacher_temperature, double jsd_beta,
+                                                     double label_smoothing, double z_loss, bool with_gradient,
+                                                     bool with_parts) {
   Arguments arguments =
       with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss);
   CONDGEN_FAST_CHECK(teacher.has_value() || soft == 0, "teacher must be given unless soft is 0; got None");
@@ -129,14 +134,16 @@ std::tuple<Tensor, Tensor> kd_loss_dense_cpu(const Tensor& student, const std::o
     kept = with_contiguous_rows(*teacher);
     arguments.teacher = describe(kept, "teacher");
   }
-  return run(arguments, student, labels, coefficient, with_gradient);
+  return run(arguments, student, labels, coefficient, with_gradient, with_parts);
 }
 
-std::tuple<Tensor, Tensor> kd_loss_sparse_cpu(const Tensor& student, const Tensor& ids, const Tensor& probabilities,
-                                              const Tensor& floor, const std::optional<Tensor>& labels,
-                                              const Tensor& coefficient, int64_t divergence, double hard, double soft,
-                                              double temperature, double teacher_temperature, double jsd_beta,
-                                              double label_smoothing, double z_loss, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> kd_loss_sparse_cpu(const Tensor& student, const Tensor& ids,
+                                                      const Tensor& probabilities, const Tensor& floor,
+                                                      const std::optional<Tensor>& labels, const Tensor& coefficient,
+                                                      int64_t divergence, double hard, double soft, double temperature,
+                                                      double teacher_temperature, double jsd_beta,
+                                                      double label_smoothing, double z_loss, bool with_gradient,
+                                                      bool with_parts) {
   Arguments arguments =
       with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss);
   check_shape(student, "student", {-1, -1, -1});
@@ -157,7 +164,7 @@ std::tuple<Tensor, Tensor> kd_loss_sparse_cpu(const Tensor& student, const Tenso
   arguments.floor = kept_floor.data_ptr();
   arguments.k = k;
   check_ids(arguments.ids, rows, k, student.size(2));
-  return run(arguments, student, labels, coefficient, with_gradient);
+  return run(arguments, student, labels, coefficient, with_gradient, with_parts);
 }
 
 }  // namespace
@@ -167,11 +174,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
   m.def(
       "kd_loss_dense(Tensor student, Tensor? teacher, Tensor? labels, Tensor coefficient, int divergence, float hard, "
       "float soft, float temperature, float teacher_temperature, float jsd_beta, float label_smoothing, float z_loss, "
-      "bool with_gradient) -> (Tensor, Tensor)");
+      "bool with_gradient, bool with_parts) -> (Tensor, Tensor, Tensor)");
   m.def(
       "kd_loss_sparse(Tensor student, Tensor ids, Tensor probabilities, Tensor floor, Tensor? labels, "
       "Tensor coefficient, int divergence, float hard, float soft, float temperature, float teacher_temperature, "
-      "float jsd_beta, float label_smoothing, float z_loss, bool with_gradient) -> (Tensor, Tensor)");
+      "float jsd_beta, float label_smoothing, float z_loss, bool with_gradient, bool with_parts) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(condgen_fast, CPU, m) {

@@ -9,6 +9,8 @@ namespace condgen_fast::kd_loss {
 
 enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
 
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+
 // As in DIVERGENCES of op.py
 enum class Divergence { kCrossEntropy, kForwardKl, kReverseKl, kJsd, kTvd };
 
@@ -23,14 +25,32 @@ struct Options {
   double z_loss;
 };
 
-// Row n of logits [A, B, V] starts at (n / B) * outer_stride + (n % B) * stride.
+// Logits [A, B, V]
 struct Logits {
   const void* data;
   Dtype dtype;
-  int64_t inner;  // B
-  int64_t outer_stride;
+  int64_t inner;         // B
+  int64_t outer_stride;  // elements
   int64_t stride;
   int64_t width;  // V
+};
+
+// Bytes from the first row to row n of A * B
+inline int64_t offset_of_row(const Logits& logits, int64_t n) {
+  return (n / logits.inner * logits.outer_stride + n % logits.inner * logits.stride) * size_of(logits.dtype);
+}
+
+// Columns of Arguments::parts, as in KDLossParts of parts.py
+enum Part {
+  kNll,
+  kDivergence,
+  kStudentLogSumExp,
+  kTeacherLogSumExp,
+  kStudentEntropy,
+  kTeacherEntropy,
+  kAgreement,
+  kAccuracy,
+  kParts
 };
 
 // Reals are float, or double where the student is double.
@@ -48,8 +68,10 @@ struct Arguments {
   const int64_t* labels;    // [N] or null
   const void* coefficient;  // [N] reals: factor of loss and gradient; rows with 0 are not read
   // outputs
-  void* losses;    // [N] reals
-  void* gradient;  // [N, V] in the student's dtype, contiguous, or null
+  void* losses;     // [N] reals
+  void* parts;      // [N, kParts] reals, or null: labels and teacher are read for them whatever the factors are
+  Logits gradient;  // of the student's dtype and shape, where it may lie as well; data is null without
+  bool stream;      // write the gradient past the caches
 };
 
 // clang-format off

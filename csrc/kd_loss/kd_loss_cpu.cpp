@@ -1,506 +1,358 @@
-// One row at a time, three or four sweeps over it while it stays in the core's cache: the highest logits; the sums of
-// exponentials and what the divergence adds up; for jsd and tvd, which need normalised probabilities, once more; the
-// gradient.
-//
-// In a sweep x = s - max s and z = x / T belong to the student, y = (t - max t) / T_t to the teacher. Everything is
-// formed from these differences: log-sum-exps of large logits would cancel.
-#include <algorithm>
-#include <vector>
-
+// One row at a time, which is read from memory once: a first sweep keeps the exponentials of all tokens in the core's
+// cache and adds them up (row.h), jsd and tvd, which need normalised probabilities, take a second, and the last turns
+// the exponentials into the gradient (gradient.h). The loops themselves are in sweeps.h.
 #include "kd_loss.h"
+
+#include "gradient.h"
 #include "reals.h"
+#include "row.h"
 
 namespace condgen_fast::kd_loss::CONDGEN_FAST_ISA {
 namespace {
 
-constexpr double kInfinity = INFINITY;
-constexpr int64_t kBlock = 2048;  // sums are of floats within a block, of doubles across blocks
+bool is_forward(Divergence divergence) {
+  return divergence == Divergence::kCrossEntropy || divergence == Divergence::kForwardKl;
+}
 
-// The wide type of a sweep, and that of one element
+// Listed probabilities and that of every other token, by row
 template <class Real>
-using Wide = std::conditional_t<std::is_same_v<Real, float>, Vec, double>;
-
-template <class T>
-const T* row_of(const Logits& logits, int64_t n) {
-  return static_cast<const T*>(logits.data) + n / logits.inner * logits.outer_stride + n % logits.inner * logits.stride;
-}
-
-// Calls body(V{}, i) for all i in [begin, end), V being what is done at once from i on.
-template <class Real, class Body>
-inline void sweep(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  for (; i + lanes<Wide<Real>> <= end; i += lanes<Wide<Real>>) body(Wide<Real>{}, i);
-  for (; i < end; ++i) body(Real{}, i);
-}
-
-// What a sweep adds up: kCount sums, wide within a block and double beyond it.
-template <class Real, int kCount>
-struct Sums {
-  double total[kCount] = {};
-  Wide<Real> wide[kCount];
-  Real narrow[kCount];
-
-  Sums() { clear(); }
-  void clear() {
-    for (int i = 0; i < kCount; ++i) wide[i] = Wide<Real>(Real(0)), narrow[i] = 0;
-  }
-  template <class V>
-  void add(int i, V value) {
-    if constexpr (std::is_same_v<V, Wide<Real>>) {
-      wide[i] = wide[i] + value;
-    } else {
-      narrow[i] += value;
-    }
-  }
-  void flush() {
-    for (int i = 0; i < kCount; ++i)
-      total[i] += static_cast<double>(reduce_sum(wide[i])) + static_cast<double>(narrow[i]);
-    clear();
-  }
+struct Listed {
+  const int64_t* ids;
+  const Real* probabilities;
+  int64_t k;
+  Real floor;
 };
 
-// -inf only where all are, NaN where there is no other number than NaN
-template <class Real, class T>
-Real highest(const T* x, int64_t count) {
-  Wide<Real> wide(-INFINITY);
-  Real narrow = -INFINITY;
-  sweep<Real>(0, count, [&](auto v, int64_t i) {
-    using V = decltype(v);
-    if constexpr (std::is_same_v<V, Wide<Real>>) {
-      wide = max(load<V>(x + i), wide);
-    } else {
-      narrow = max(load<V>(x + i), narrow);
-    }
-  });
-  const Real found = max(Real(reduce_max(wide)), narrow);
-  if (found == -INFINITY) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (load<Real>(x + i) != found) return NAN;
-    }
+// Sum of q ln q
+template <class Real>
+double sum_of_q_log_q(const Real* q, int64_t count) {
+  using V = Wide<Real>;
+  const V zero(Real(0));
+  V sum = zero;
+  int64_t i = 0;
+  for (; i + kStep<Real> <= count; i += kStep<Real>) {
+    const V value = load(q + i);
+    sum = sum + select(value == zero, zero, value * log(value));
   }
-  return found;
+  double total = reduce_sum(sum);
+  for (; i < count; ++i) total += q[i] == 0 ? 0 : q[i] * std::log(static_cast<double>(q[i]));
+  return total;
 }
 
-// The teacher of a row: exponents y = (logits - shift) * inverse_temperature of probabilities exp(y + log_scale), 0
-// from width on.
-template <class T>
-struct Teacher {
-  const T* logits = nullptr;
-  int64_t width = 0;
-  double shift = 0, inverse_temperature = 1;
-  double log_scale = 0;
-  double mass = 0;  // sum of the probabilities
-};
-
-template <class Real, class S>
+template <class Real>
 class Row {
  public:
-  Row(const Arguments& arguments, int64_t n)
-      : options(arguments.options),
-        width(arguments.student.width),
-        logits(row_of<S>(arguments.student, n)),
-        label(arguments.labels && options.hard > 0 ? arguments.labels[n] : -1),
-        coefficient(static_cast<const Real*>(arguments.coefficient)[n]),
-        gradient(arguments.gradient ? static_cast<S*>(arguments.gradient) + n * width : nullptr) {
-    shift = highest<Real>(logits, width);
-  }
+  Row(const Arguments& arguments, int64_t n, Scratch<Real>& scratch)
+      : arguments_(arguments),
+        options_(arguments.options),
+        n_(n),
+        width_(arguments.student.width),
+        coefficient_(static_cast<const Real*>(arguments.coefficient)[n]),
+        label_(arguments.labels && (options_.hard > 0 || arguments.parts) ? arguments.labels[n] : -1),
+        sweep_{RowOfLogits(arguments.student, n),
+               RowOfLogits(arguments.student, next_row()),
+               nullptr,
+               hard_mode(label_ >= 0, options_.temperature),
+               static_cast<Real>(kLog2E / options_.temperature),
+               0,
+               scratch} {}
 
-  bool dead() const { return shift == -INFINITY; }
-
-  // The loss against a teacher of logits T, normalised here unless it is given by log-probabilities.
-  template <Divergence kDivergence, class T>
-  double loss(Teacher<T> teacher, bool normalise) {
-    if (normalise) {
-      teacher.shift = highest<Real>(teacher.logits, teacher.width);
-      if (teacher.shift == -INFINITY) teacher.shift = 0;  // no probability at all
-    }
-    double divergence = sums<kDivergence>(teacher, normalise);
-    double ratio = 0;  // sum of p * r, r the derivative of the divergence with respect to p
-    if constexpr (kDivergence == Divergence::kReverseKl) ratio = divergence;
-    if constexpr (kDivergence == Divergence::kJsd || kDivergence == Divergence::kTvd) {
-      divergence = dead() ? divergence_of_nothing(kDivergence, teacher.mass) : mixture<kDivergence>(teacher, ratio);
-    }
-    write_gradient<kDivergence>(teacher, ratio);
-    return total(divergence);
-  }
-
-  // The loss against k listed probabilities and a floor, for cross_entropy and forward_kl: the floor's part follows
-  // from sums. False: it does not, as the student has -inf where the floor is.
-  bool listed_loss(const int64_t* ids, const Real* listed, int64_t k, Real floor, double& result) {
-    Teacher<float> nothing;
-    sums<Divergence::kCrossEntropy>(nothing, false);
-    if (floor > 0 && !(sum_of_x > -kInfinity)) return false;
-    const bool kl = options.divergence == Divergence::kForwardKl;
-    double divergence = 0, mass = 0;
-    if (floor > 0) {
-      divergence = -floor * (sum_of_x / options.temperature - static_cast<double>(width) * log_sum);
-      mass = floor * static_cast<double>(width - k);
-      if (kl) divergence += mass * std::log(static_cast<double>(floor));
-    }
-    for (int64_t j = 0; j < k; ++j) {
-      const double q = listed[j], over = q - floor;
-      mass += q;
-      if (over != 0) divergence -= over * ((load<Real>(logits + ids[j]) - shift) / options.temperature - log_sum);
-      if (kl && q > 0) divergence += q * std::log(q);
-    }
-    nothing.mass = mass;
-    write_gradient<Divergence::kCrossEntropy>(nothing, 0, floor);
-    if (gradient && !dead()) {
-      for (int64_t j = 0; j < k; ++j) {
-        write_entry(ids[j], soft_scale() * (probability(ids[j]) * mass - static_cast<double>(listed[j])));
+  double loss() {
+    if (options_.soft > 0 || arguments_.parts) {
+      if (arguments_.ids) return loss_of_listed();
+      if (arguments_.teacher.data) {
+        const int64_t shared = std::min(width_, arguments_.teacher.width);
+        Teacher teacher{RowOfLogits(arguments_.teacher, n_), RowOfLogits(arguments_.teacher, next_row()),
+                        options_.teacher_temperature};
+        teacher.logits.width = shared;
+        return loss_against(teacher);
       }
     }
-    result = total(dead() && mass > 0 ? kInfinity : divergence);
-    return true;
+    sweep_.run(Divergence::kJsd, wants_x(), arguments_.parts);
+    write_gradient(false, [](const Block&) { return GradientFactors<Real>{}; }, 0, 0);
+    return total(0);
   }
 
  private:
-  double soft_scale() const { return options.soft / options.temperature; }
-  double probability(int64_t i) const {
-    return std::exp((load<Real>(logits + i) - shift) / options.temperature - log_sum);
+  int64_t next_row() const { return std::min(n_ + 1, arguments_.rows - 1); }
+  bool wants_x() const { return label_ >= 0 && options_.label_smoothing > 0; }
+  static Hard hard_mode(bool needed, double temperature) {
+    return !needed ? Hard::kNone : temperature == 1 ? Hard::kSame : temperature == 2 ? Hard::kSquare : Hard::kSeparate;
   }
-
-  // jsd or tvd where the student has no probability at all
-  double divergence_of_nothing(Divergence divergence, double mass) const {
-    return divergence == Divergence::kTvd ? 0.5 * mass : -options.jsd_beta * std::log(options.jsd_beta) * mass;
+  double soft_scale() const { return coefficient_ * options_.soft / options_.temperature; }
+  double log_sum_exp() const { return sweep_.shift + kLn2 * sweep_.log_h; }
+  double hard_scale() const {
+    return options_.hard > 0 ? coefficient_ * options_.hard * (1 + 2 * options_.z_loss * log_sum_exp()) : 0;
   }
+  double even() const { return coefficient_ * options_.hard * options_.label_smoothing / width_; }
+  double x_of_label() const { return sweep_.student.template at<Real>(label_) - sweep_.shift; }
 
-  // Sets the normalisers of both sides -> the divergence, where these sums give it.
-  template <Divergence kDivergence, class T>
-  double sums(Teacher<T>& teacher, bool normalise) {
-    constexpr bool kForward = kDivergence == Divergence::kCrossEntropy || kDivergence == Divergence::kForwardKl;
-    enum { kHard, kX, kStudent, kTeacher, kDot, kCount };
-    const bool hard = options.hard > 0, soft = options.soft > 0;
-    const bool same = options.temperature == 1, square = options.temperature == 2;
-    const bool smoothed = options.label_smoothing > 0 || (soft && !teacher.logits);
-    const Real inverse = 1 / options.temperature, inverse_teacher = teacher.inverse_temperature;
-    const Real student_shift = dead() ? 0 : shift, teacher_shift = teacher.shift;
-    Sums<Real, kCount> sum;
-    auto student = [&](auto v, int64_t i) {
-      using V = decltype(v);
-      const V x = load<V>(logits + i) - V(student_shift), z = x * V(inverse);
-      const V e = exp(z);
-      sum.add(kStudent, e);
-      if (hard && !same) sum.add(kHard, square ? e * e : exp(x));
-      if (smoothed) sum.add(kX, x);
-      return std::pair(z, e);
-    };
-    auto both = [&](auto v, int64_t i) {
-      using V = decltype(v);
-      const V zero(0);
-      const auto [z, e] = student(v, i);
-      const V y = (load<V>(teacher.logits + i) - V(teacher_shift)) * V(inverse_teacher);
-      const V q = exp(y);
-      sum.add(kTeacher, q);
-      if constexpr (kDivergence == Divergence::kCrossEntropy) sum.add(kDot, select(q == zero, zero, q * z));
-      if constexpr (kDivergence == Divergence::kForwardKl) sum.add(kDot, select(q == zero, zero, q * (y - z)));
-      if constexpr (kDivergence == Divergence::kReverseKl) sum.add(kDot, select(e == zero, zero, e * (z - y)));
-    };
-    for (int64_t i = 0; i < teacher.width; i += kBlock) {
-      sweep<Real>(i, std::min(i + kBlock, teacher.width), both);
-      sum.flush();
+  double loss_against(Teacher& teacher) {
+    const Divergence divergence = options_.divergence;
+    sweep_.teacher = &teacher;
+    sweep_.teacher_factor = static_cast<Real>(kLog2E / teacher.temperature);
+    sweep_.run(divergence, wants_x(), arguments_.parts);
+    if (arguments_.parts) {
+      record_teacher(log_sum_exp_of(teacher), kLn2 * (sweep_.mass * sweep_.log_q - sweep_.q_y),
+                     teacher.logits.template find<Real>(sweep_.teacher_shift));
     }
-    double beyond = 0;  // student's mass where the teacher has none
-    for (int64_t i = teacher.width; i < width; i += kBlock) {
-      const double before = sum.total[kStudent];
-      sweep<Real>(i, std::min(i + kBlock, width), [&](auto v, int64_t j) { student(v, j); });
-      sum.flush();
-      beyond += sum.total[kStudent] - before;
-    }
-    log_sum = std::log(sum.total[kStudent]);
-    log_sum_hard = same ? log_sum : std::log(sum.total[kHard]);
-    sum_of_x = sum.total[kX];
-    const double q_sum = sum.total[kTeacher];
-    if (normalise) teacher.log_scale = q_sum == 0 ? 0 : -std::log(q_sum);
-    teacher.mass = normalise ? (q_sum == 0 ? 0 : q_sum / q_sum) : q_sum;
-    const double scale = std::exp(teacher.log_scale);
-    if (dead()) return kForward && teacher.mass > 0 ? kInfinity : 0;
-    if constexpr (kDivergence == Divergence::kCrossEntropy) return teacher.mass * log_sum - scale * sum.total[kDot];
-    if constexpr (kDivergence == Divergence::kForwardKl) {
-      return scale * sum.total[kDot] + teacher.mass * (teacher.log_scale + log_sum);
-    }
-    if constexpr (kDivergence == Divergence::kReverseKl) {
-      if (beyond > 0) return kInfinity;
-      return sum.total[kDot] / sum.total[kStudent] - log_sum - teacher.log_scale;
-    }
-    return 0;
-  }
-
-  // jsd and tvd from normalised probabilities; ratio as in loss().
-  template <Divergence kDivergence, class T>
-  double mixture(const Teacher<T>& teacher, double& ratio) {
-    const Real beta = options.jsd_beta;
-    Sums<Real, 2> sum;
-    for (int64_t begin = 0; begin < width; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, width);
-      over_teacher<kDivergence>(teacher, begin, end, [&](auto v, int64_t, auto p, auto q, auto log_q, auto r) {
-        using V = decltype(v);
-        const V zero(0);
-        sum.add(1, p * r);
-        if constexpr (kDivergence == Divergence::kTvd) {
-          sum.add(0, select(p > q, p - q, q - p) * V(Real(0.5)));
-        } else {  // r is (1 - beta) * log(p / m)
-          const V m = V(beta) * q + V(1 - beta) * p;
-          sum.add(0, p * r + select(q == zero, zero, V(beta) * q * (log_q - log(m))));
-        }
-      });
-      sum.flush();
-    }
-    ratio = sum.total[1];
-    return sum.total[0];
-  }
-
-  // Calls body(V{}, i, p, q, log q, r) over [begin, end), r being the derivative of the divergence with respect to p.
-  template <Divergence kDivergence, class T, class Body>
-  void over_teacher(const Teacher<T>& teacher, int64_t begin, int64_t end, const Body& body) {
-    const Real inverse = 1 / options.temperature, inverse_teacher = teacher.inverse_temperature;
-    const Real student_shift = shift, student_log = log_sum, teacher_shift = teacher.shift,
-               teacher_log = teacher.log_scale;
-    const Real beta = options.jsd_beta;
-    auto step = [&](auto v, int64_t i, auto log_q) {
-      using V = decltype(v);
-      const V zero(0);
-      const V log_p = (load<V>(logits + i) - V(student_shift)) * V(inverse) - V(student_log);
-      const V p = exp(log_p), q = exp(log_q);
-      V r = zero;
-      if constexpr (kDivergence == Divergence::kReverseKl) r = select(p == zero, zero, log_p - log_q);
-      if constexpr (kDivergence == Divergence::kJsd) {
-        const V m = V(beta) * q + V(1 - beta) * p;
-        r = select(p == zero, zero, V(1 - beta) * (log_p - log(m)));
-      }
-      if constexpr (kDivergence == Divergence::kTvd) {
-        r = select(p > q, V(Real(0.5)), select(p < q, V(Real(-0.5)), p - q));
-      }
-      body(v, i, p, q, log_q, r);
-    };
-    const int64_t middle = std::clamp(teacher.width, begin, end);
-    sweep<Real>(begin, middle, [&](auto v, int64_t i) {
-      using V = decltype(v);
-      step(v, i, (load<V>(teacher.logits + i) - V(teacher_shift)) * V(inverse_teacher) + V(teacher_log));
-    });
-    sweep<Real>(middle, end, [&](auto v, int64_t i) { step(v, i, decltype(v)(Real(-INFINITY))); });
-  }
-
-  template <Divergence kDivergence, class T>
-  void write_gradient(const Teacher<T>& teacher, double ratio, Real floor = 0) {
-    if (!gradient) return;
-    if (dead()) {
-      std::fill(gradient, gradient + width, S{});
-      return;
-    }
-    const bool hard = options.hard > 0, soft = options.soft > 0;
-    const Real scale = coefficient * soft_scale(), hard_scale = coefficient * hard_factor();
-    const Real even = coefficient * options.hard * options.label_smoothing / static_cast<double>(width);
-    const Real hard_log = log_sum_hard, student_shift = shift;
-    auto hard_part = [&](auto v, int64_t i) {
-      using V = decltype(v);
-      return V(hard_scale) * exp(load<V>(logits + i) - V(student_shift) - V(hard_log)) - V(even);
-    };
-    if (!soft) {
-      sweep<Real>(0, width, [&](auto v, int64_t i) { store(gradient + i, hard_part(v, i)); });
-    } else if constexpr (kDivergence == Divergence::kCrossEntropy || kDivergence == Divergence::kForwardKl) {
-      write_forward(teacher, floor, scale, hard_scale, even);
+    double result = 0, ratio = 0;  // ratio: sum of p * r, r being the derivative of the divergence with respect to p
+    if (is_forward(divergence)) {
+      const double cross = divergence == Divergence::kCrossEntropy;
+      result =
+          sweep_.dead()
+              ? (sweep_.mass > 0 ? kInfinity : 0)
+              : kLn2 * (sweep_.mass * (sweep_.log_e - (cross ? 0 : sweep_.log_q)) + (cross ? -sweep_.dot : sweep_.dot));
+    } else if (divergence == Divergence::kReverseKl) {
+      result = ratio = sweep_.dead() ? 0 : kLn2 * (sweep_.dot - sweep_.log_e + sweep_.log_q);
+    } else if (sweep_.dead()) {
+      const double beta = options_.jsd_beta;
+      result = sweep_.mass * (divergence == Divergence::kTvd ? 0.5 : -beta * std::log(beta));
     } else {
-      over_teacher<kDivergence>(teacher, 0, width, [&](auto v, int64_t i, auto p, auto, auto, auto r) {
-        using V = decltype(v);
-        V g = V(scale) * p * (r - V(Real(ratio)));
-        if (hard) g = g + hard_part(v, i);
-        store(gradient + i, g);
-      });
+      mix(result, ratio);
     }
-    if (label >= 0) write_label<kDivergence>(teacher, ratio, floor);
-  }
-
-  // p * mass - q, and the hard part from the same exponential where the temperature is 1 or 2
-  template <class T>
-  void write_forward(const Teacher<T>& teacher, Real floor, Real scale, Real hard_scale, Real even) {
-    const Real inverse = 1 / options.temperature, inverse_teacher = teacher.inverse_temperature;
-    const Real student_shift = shift, teacher_shift = teacher.shift;
-    const Real student_log = log_sum, hard_log = log_sum_hard, teacher_log = teacher.log_scale;
-    const bool hard = options.hard > 0, same = options.temperature == 1, square = options.temperature == 2;
-    const Real p_scale = scale * teacher.mass, floor_scale = scale * floor;
-    const Real square_scale =
-        hard_scale * std::exp(2 * log_sum - log_sum_hard);  // softmax(s) = square_scale * p ** 2 at T = 2
-    auto student = [&](auto v, int64_t i) {
-      using V = decltype(v);
-      const V x = load<V>(logits + i) - V(student_shift);
-      const V p = exp(x * V(inverse) - V(student_log));
-      if (!hard) return V(p_scale) * p;
-      if (same) return V(p_scale + hard_scale) * p - V(even);
-      if (square) return (V(square_scale) * p + V(p_scale)) * p - V(even);
-      return V(p_scale) * p + V(hard_scale) * exp(x - V(hard_log)) - V(even);
+    const double scale = soft_scale();
+    auto factors = [&](const Block& block) {
+      GradientFactors<Real> f{};
+      if (is_forward(divergence)) {
+        f.e = scale * sweep_.mass * block.p_factor;
+        f.w = -scale * block.q_factor;
+      } else if (divergence != Divergence::kReverseKl) {
+        f.e = -scale * ratio * block.p_factor;
+        f.w = scale;
+      } else if (block.p_factor != 0) {
+        const double apart = block.student_moved - block.teacher_moved - (sweep_.log_e - sweep_.log_q);
+        f.e = scale * block.p_factor * (kLn2 * apart - ratio);
+        f.w = scale * block.p_factor * kLn2;
+      }
+      return f;
     };
-    sweep<Real>(0, teacher.width, [&](auto v, int64_t i) {
-      using V = decltype(v);
-      const V y = (load<V>(teacher.logits + i) - V(teacher_shift)) * V(inverse_teacher);
-      store(gradient + i, student(v, i) - V(scale) * exp(y + V(teacher_log)));
-    });
-    sweep<Real>(teacher.width, width,
-                [&](auto v, int64_t i) { store(gradient + i, student(v, i) - decltype(v)(floor_scale)); });
+    write_gradient(true, factors, label_ >= 0 ? soft_entry(label_, ratio) : 0, 0);
+    return total(result);
   }
 
-  // The label's entry once more, from doubles: rounded to the gradient's type only when it is complete.
-  template <Divergence kDivergence, class T>
-  void write_label(const Teacher<T>& teacher, double ratio, Real floor) {
-    double soft = 0;
-    if (options.soft > 0) {
-      if constexpr (kDivergence == Divergence::kCrossEntropy || kDivergence == Divergence::kForwardKl) {
-        double q = floor;
-        if (label < teacher.width) {
-          q = std::exp((load<Real>(teacher.logits + label) - teacher.shift) * teacher.inverse_temperature +
-                       teacher.log_scale);
+  void mix(double& result, double& ratio) {
+    for (size_t i = 0; i < sweep_.scratch.blocks.size(); ++i) {
+      const Block& block = sweep_.scratch.blocks[i];
+      const int64_t count = std::min<int64_t>(kBlock, width_ - i * kBlock);
+      auto run = [&](auto divergence) {
+        mixture<decltype(divergence)::value, Real>(sweep_.scratch.at(i * kBlock), count, block.p_factor, block.q_factor,
+                                                   options_.jsd_beta, result, ratio);
+      };
+      options_.divergence == Divergence::kJsd ? run(Constant<Divergence::kJsd>{}) : run(Constant<Divergence::kTvd>{});
+    }
+  }
+
+  // The divergence's part of an entry of the gradient, without coefficient
+  double soft_entry(int64_t i, double ratio) const {
+    const double log_p = kLn2 * sweep_.log_p(i), log_q = kLn2 * sweep_.log_teacher(i);
+    const double p = std::exp(log_p), q = std::exp(log_q), beta = options_.jsd_beta;
+    double r = 0;
+    switch (options_.divergence) {
+      case Divergence::kReverseKl:
+        r = log_p - log_q;
+        break;
+      case Divergence::kJsd:
+        r = (1 - beta) * (log_p - std::log(beta * q + (1 - beta) * p));
+        break;
+      case Divergence::kTvd:
+        r = p > q ? 0.5 : p < q ? -0.5 : p - q;
+        break;
+      default:
+        return options_.soft / options_.temperature * (p * sweep_.mass - q);
+    }
+    return p == 0 ? 0 : options_.soft / options_.temperature * p * (r - ratio);
+  }
+
+  // Against a few listed tokens the first sweep reads the student alone, and what the divergence has from all others
+  // follows from its sums. Not so for divergences that are not linear in log p, or with -inf where the floor is.
+  double loss_of_listed() {
+    const Real* rows = static_cast<const Real*>(arguments_.listed);
+    const Listed<Real> q{arguments_.ids + n_ * arguments_.k, rows + n_ * arguments_.listed_stride, arguments_.k,
+                         static_cast<const Real*>(arguments_.floor)[n_]};
+    if (is_forward(options_.divergence)) {
+      sweep_.run(Divergence::kJsd, wants_x() || q.floor > 0, arguments_.parts);
+      if (q.floor == 0 || sweep_.x > -kInfinity) return loss_of_listed(q);
+      sweep_.x = 0;
+    }
+    std::vector<Real>& row = sweep_.scratch.listed_row;
+    row.assign(width_, std::log(q.floor));
+    for (int64_t j = 0; j < q.k; ++j) row[q.ids[j]] = std::log(q.probabilities[j]);
+    constexpr Dtype kReal = std::is_same_v<Real, float> ? Dtype::kFloat : Dtype::kDouble;
+    const RowOfLogits logits(row.data(), kReal, width_);
+    Teacher teacher{logits, logits, 1, false};
+    return loss_against(teacher);
+  }
+
+  double loss_of_listed(const Listed<Real>& q) {
+    const double others = static_cast<double>(width_ - q.k), floor = q.floor;
+    const bool kl = options_.divergence == Divergence::kForwardKl;
+    double mass = floor * others, log_p = 0;  // sum of (q - floor) * log2 p
+    if (floor > 0) log_p = floor * (sweep_.x * sweep_.factor - static_cast<double>(width_) * sweep_.log_e);
+    double q_at_label = floor;
+    sweep_.student.template with<Real>([&](auto* logits) {
+      for (int64_t j = 0; j < q.k; ++j) {
+        const double over = q.probabilities[j] - floor;
+        mass += q.probabilities[j];
+        if (over != 0) {
+          log_p += over * ((to_real<Real>(logits[q.ids[j]]) - sweep_.shift) * sweep_.factor - sweep_.log_e);
         }
-        soft = soft_scale() * (probability(label) * teacher.mass - q);
-      } else {
-        const int64_t i = label;
-        sweep_one<kDivergence>(teacher, i, [&](auto p, auto r) { soft = soft_scale() * p * (r - ratio); });
+        if (q.ids[j] == label_) q_at_label = q.probabilities[j];
       }
+    });
+    double q_log_q = 0;
+    if (kl || arguments_.parts) {
+      q_log_q = sum_of_q_log_q(q.probabilities, q.k) + (floor > 0 ? others * floor * std::log(floor) : 0);
     }
-    write_entry(label, soft);
+    if (arguments_.parts) record_teacher(mass == 0 ? -kInfinity : std::log(mass), -q_log_q, most_probable(q));
+    sweep_.mass = mass;
+    const double scale = soft_scale();
+    Exceptions<Real> listed;
+    listed.ids = q.ids;
+    listed.listed = q.probabilities;
+    listed.k = q.k;
+    listed.per_probability = -scale;
+    auto factors = [&](const Block& block) {
+      GradientFactors<Real> f{};
+      f.e = scale * mass * block.p_factor;
+      return f;
+    };
+    const double at_label =
+        label_ < 0 ? 0 : options_.soft / options_.temperature * (std::exp2(sweep_.log_p(label_)) * mass - q_at_label);
+    write_gradient(false, factors, at_label, -scale * floor, listed);
+    return total(sweep_.dead() && mass > 0 ? kInfinity : -kLn2 * log_p + (kl ? q_log_q : 0));
   }
-  template <Divergence kDivergence, class T, class Body>
-  void sweep_one(const Teacher<T>& teacher, int64_t i, const Body& body) {
-    over_teacher<kDivergence>(teacher, i, i + 1, [&](auto v, int64_t, auto p, auto, auto, auto r) {
-      if constexpr (std::is_same_v<decltype(v), Real>) body(static_cast<double>(p), static_cast<double>(r));
+
+  // `factors` are of the divergence's part of the entries, `soft_at_label` that of the label without coefficient.
+  template <class Factors>
+  void write_gradient(bool with_w, const Factors& factors, double soft_at_label, double soft_constant,
+                      Exceptions<Real> exceptions = {}) {
+    if (!arguments_.gradient.data) return;
+    const RowOfLogits row(arguments_.gradient, n_);
+    row.template with<Real>([&](auto* entries) {
+      using S = std::remove_const_t<std::remove_pointer_t<decltype(entries)>>;
+      S* gradient = const_cast<S*>(entries);
+      if (sweep_.dead()) {
+        std::fill(gradient, gradient + width_, S{});
+        return;
+      }
+      const Hard hard = options_.hard > 0 ? sweep_.hard : Hard::kNone;
+      const double hard_factor = hard_scale(), constant = options_.hard > 0 ? -even() : 0;
+      if (label_ >= 0) {
+        const double log_h = kLn2 * (x_of_label() * static_cast<Real>(kLog2E) - sweep_.log_h);
+        double entry = coefficient_ * soft_at_label;
+        if (options_.hard > 0) {
+          entry +=
+              hard_factor * std::exp(log_h) + constant - coefficient_ * options_.hard * (1 - options_.label_smoothing);
+        }
+        exceptions.label = label_;
+        exceptions.at_label = entry;
+      }
+      exceptions.constant = constant;
+      auto all_factors = [&](const Block& block) {
+        GradientFactors<Real> f = factors(block);
+        f.constant = constant + soft_constant;
+        const Real h = hard_factor * block.h_factor;
+        if (hard == Hard::kSame) f.e += h;
+        if (hard == Hard::kSquare) f.e_e = h;
+        if (hard == Hard::kSeparate) f.h = h;
+        return f;
+      };
+      write_row(sweep_, with_w && options_.soft > 0, hard, all_factors, exceptions, arguments_.stream, gradient);
     });
   }
 
-  // Entry i of the gradient: its part from the divergence, and the hard part.
-  void write_entry(int64_t i, double soft) {
-    double g = soft;
-    if (options.hard > 0) {
-      const double x = load<Real>(logits + i) - shift;
-      g += hard_factor() * std::exp(x - log_sum_hard) -
-           options.hard * options.label_smoothing / static_cast<double>(width);
-      if (i == label) g -= options.hard * (1 - options.label_smoothing);
+  double total(double divergence) {
+    double nll = 0;
+    if (label_ >= 0) {
+      const bool dead = sweep_.dead();
+      const double smoothing = options_.label_smoothing, log_h = kLn2 * sweep_.log_h;
+      const double gold = dead ? kInfinity : log_h - kLn2 * x_of_label() * static_cast<Real>(kLog2E);
+      if (smoothing < 1) nll = (1 - smoothing) * gold;
+      if (smoothing > 0) nll += smoothing * (dead ? kInfinity : log_h - sweep_.x / width_);
+      if (options_.z_loss > 0) nll += options_.z_loss * (dead ? kInfinity : log_sum_exp() * log_sum_exp());
     }
-    store(gradient + i, static_cast<Real>(coefficient * g));
+    if (arguments_.parts) record_student(nll, divergence);
+    return coefficient_ *
+           ((options_.hard > 0 ? options_.hard * nll : 0) + (options_.soft > 0 ? options_.soft * divergence : 0));
   }
 
-  double log_sum_exp() const { return shift + log_sum_hard; }
-  double hard_factor() const { return options.hard * (1 + 2 * options.z_loss * log_sum_exp()); }
+  // --- Parts
 
-  double total(double divergence) const {
-    double loss = options.soft > 0 ? options.soft * divergence : 0;
-    if (options.hard > 0) {
-      const double gold = dead() ? kInfinity : log_sum_hard - (load<Real>(logits + label) - shift);
-      double nll = options.label_smoothing < 1 ? (1 - options.label_smoothing) * gold : 0;
-      if (options.label_smoothing > 0) {
-        nll += options.label_smoothing * (dead() ? kInfinity : log_sum_hard - sum_of_x / static_cast<double>(width));
+  Real* parts() const { return static_cast<Real*>(arguments_.parts) + n_ * kParts; }
+
+  double log_sum_exp_of(const Teacher& teacher) const {
+    if (sweep_.mass == 0) return -kInfinity;
+    if (!teacher.normalise) return std::log(sweep_.mass);
+    return sweep_.teacher_shift / teacher.temperature + kLn2 * sweep_.log_q;
+  }
+
+  void record_teacher(double log_sum_exp, double entropy, int64_t most_probable) {
+    parts()[kTeacherLogSumExp] = log_sum_exp;
+    parts()[kTeacherEntropy] = log_sum_exp == -kInfinity ? 0 : entropy;
+    parts()[kAgreement] = most_probable >= 0 && log_sum_exp != -kInfinity && most_probable == chosen();
+  }
+
+  void record_student(double nll, double divergence) {
+    parts()[kNll] = nll;
+    parts()[kDivergence] = divergence;
+    parts()[kStudentLogSumExp] = sweep_.dead() ? -kInfinity : sweep_.shift / options_.temperature + kLn2 * sweep_.log_e;
+    parts()[kStudentEntropy] = sweep_.dead() ? 0 : kLn2 * (sweep_.log_e - sweep_.p_z);
+    parts()[kAccuracy] = label_ >= 0 && label_ == chosen();
+  }
+
+  // The token with the highest logit, -1 without
+  int64_t chosen() const { return sweep_.dead() ? -1 : sweep_.student.find(static_cast<Real>(sweep_.shift)); }
+
+  int64_t most_probable(const Listed<Real>& q) const {
+    Real highest = q.floor;
+    int64_t found = -1;
+    for (int64_t j = 0; j < q.k; ++j) {
+      if (q.probabilities[j] > highest || (q.probabilities[j] == highest && found >= 0 && q.ids[j] < found)) {
+        highest = q.probabilities[j];
+        found = q.ids[j];
       }
-      if (options.z_loss > 0) nll += options.z_loss * (dead() ? kInfinity : log_sum_exp() * log_sum_exp());
-      loss += options.hard * nll;
     }
-    return coefficient * loss;
+    if (found >= 0 || q.k == width_) return found;
+    // The floor is highest: the first token that is not below it
+    std::vector<Real> row(width_, q.floor);
+    for (int64_t j = 0; j < q.k; ++j) row[q.ids[j]] = q.probabilities[j];
+    return std::find(row.begin(), row.end(), q.floor) - row.begin();
   }
 
-  const Options& options;
-  const int64_t width;
-  const S* logits;
-  const int64_t label;       // -1 without a hard part
-  const double coefficient;  // of the whole row
-  S* gradient;               // or null
-  Real shift;                // highest logit
-  double log_sum = 0;        // log of the sum of exp(z)
-  double log_sum_hard = 0;   // of exp(x)
-  double sum_of_x = 0;       // where smoothing or a floor needs it
+  const Arguments& arguments_;
+  const Options& options_;
+  const int64_t n_, width_;
+  const double coefficient_;  // of the whole row
+  const int64_t label_;       // -1 where there is no need of it
+  Sweep<Real> sweep_;
 };
 
-template <class Real, class S, class T>
-double dense_loss(Row<Real, S>& row, const Teacher<T>& teacher, bool normalise, Divergence divergence) {
-  switch (divergence) {
-    case Divergence::kCrossEntropy:
-      return row.template loss<Divergence::kCrossEntropy>(teacher, normalise);
-    case Divergence::kForwardKl:
-      return row.template loss<Divergence::kForwardKl>(teacher, normalise);
-    case Divergence::kReverseKl:
-      return row.template loss<Divergence::kReverseKl>(teacher, normalise);
-    case Divergence::kJsd:
-      return row.template loss<Divergence::kJsd>(teacher, normalise);
-    default:
-      return row.template loss<Divergence::kTvd>(teacher, normalise);
-  }
-}
-
-template <class Real, class T>
-void widen(const T* from, int64_t count, Real* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = load<Real>(from + i);
-}
-
-// `scratch` holds a row of the teacher that is not of the student's type or not of logits.
-template <class Real, class S>
-double loss_of_row(const Arguments& arguments, int64_t n, std::vector<Real>& scratch) {
-  const Options& options = arguments.options;
-  const int64_t width = arguments.student.width;
-  Row<Real, S> row(arguments, n);
-  if (options.soft == 0) return dense_loss(row, Teacher<S>{}, false, Divergence::kCrossEntropy);
-
-  if (arguments.ids) {
-    const int64_t* ids = arguments.ids + n * arguments.k;
-    const Real* listed = static_cast<const Real*>(arguments.listed) + n * arguments.listed_stride;
-    const Real floor = static_cast<const Real*>(arguments.floor)[n];
-    double loss;
-    const bool forward =
-        options.divergence == Divergence::kCrossEntropy || options.divergence == Divergence::kForwardKl;
-    if (forward && row.listed_loss(ids, listed, arguments.k, floor, loss)) return loss;
-    scratch.assign(width, std::log(floor));
-    for (int64_t j = 0; j < arguments.k; ++j) scratch[ids[j]] = std::log(listed[j]);
-    Teacher<Real> teacher;
-    teacher.logits = scratch.data();
-    teacher.width = width;
-    return dense_loss(row, teacher, false, options.divergence);
-  }
-
-  const int64_t shared = std::min(width, arguments.teacher.width);
-  auto against = [&](auto* logits) {
-    Teacher<std::remove_const_t<std::remove_pointer_t<decltype(logits)>>> teacher;
-    teacher.logits = logits;
-    teacher.width = shared;
-    teacher.inverse_temperature = 1 / options.teacher_temperature;
-    return dense_loss(row, teacher, true, options.divergence);
-  };
-  if (arguments.teacher.dtype == arguments.student.dtype) return against(row_of<S>(arguments.teacher, n));
-  if constexpr (std::is_same_v<Real, float>) {
-    if (arguments.teacher.dtype == Dtype::kFloat) return against(row_of<float>(arguments.teacher, n));
-    scratch.resize(shared);
-    if (arguments.teacher.dtype == Dtype::kBFloat16) {
-      widen(row_of<simd::BFloat16>(arguments.teacher, n), shared, scratch.data());
-    } else {
-      widen(row_of<simd::Half>(arguments.teacher, n), shared, scratch.data());
-    }
-  }
-  return against(static_cast<const Real*>(scratch.data()));
-}
-
-template <class Real, class S>
+template <class Real>
 void loss_of_rows_of(const Arguments& arguments, int64_t begin, int64_t end) {
-  const int64_t width = arguments.student.width;
-  std::vector<Real> scratch;
+  Scratch<Real> scratch(arguments.student.width);
   for (int64_t n = begin; n < end; ++n) {
     double loss = 0;
+    if (arguments.parts) {
+      Real* parts = static_cast<Real*>(arguments.parts) + n * kParts;
+      std::fill(parts, parts + kParts, Real(0));
+    }
     if (static_cast<const Real*>(arguments.coefficient)[n] != 0) {
-      loss = loss_of_row<Real, S>(arguments, n, scratch);
-    } else if (arguments.gradient) {
-      S* gradient = static_cast<S*>(arguments.gradient) + n * width;
-      std::fill(gradient, gradient + width, S{});
+      loss = Row<Real>(arguments, n, scratch).loss();
+    } else if (arguments.gradient.data) {
+      const RowOfLogits row(arguments.gradient, n);
+      std::memset(const_cast<void*>(row.data), 0, row.width * size_of(row.dtype));
     }
     static_cast<Real*>(arguments.losses)[n] = static_cast<Real>(loss);
   }
+  if (arguments.stream) simd::finish_streams();
 }
 
 }  // namespace
 
 void loss_of_rows(const Arguments& arguments, int64_t begin, int64_t end) {
-  switch (arguments.student.dtype) {
-    case Dtype::kFloat:
-      return loss_of_rows_of<float, float>(arguments, begin, end);
-    case Dtype::kBFloat16:
-      return loss_of_rows_of<float, simd::BFloat16>(arguments, begin, end);
-    case Dtype::kHalf:
-      return loss_of_rows_of<float, simd::Half>(arguments, begin, end);
-    case Dtype::kDouble:
-      return loss_of_rows_of<double, double>(arguments, begin, end);
-  }
+  if (arguments.student.dtype == Dtype::kDouble) return loss_of_rows_of<double>(arguments, begin, end);
+  loss_of_rows_of<float>(arguments, begin, end);
 }
 
 }  // namespace condgen_fast::kd_loss::CONDGEN_FAST_ISA

@@ -1,5 +1,5 @@
-// What the kernel says about a vector of floats (common/simd.h), said about one float or one double as well: the end of
-// a row that fills no vector, and float64. Its text is then the same for all three.
+// What the kernel says about a vector of floats (common/simd.h), said about one double as well, for float64: its text
+// is then the same for both. Real is float or double, V the type that a sweep takes steps of.
 #pragma once
 
 #include <cmath>
@@ -9,41 +9,44 @@
 
 namespace condgen_fast::kd_loss::CONDGEN_FAST_ISA {
 
+using simd::load;
+using simd::store;
 using simd::Vec;
 
-template <class V>
-constexpr int64_t lanes = 1;
-template <>
-inline constexpr int64_t lanes<Vec> = simd::kLanes;
+template <class Real>
+using Wide = std::conditional_t<std::is_same_v<Real, float>, Vec, double>;
+template <class Real>
+constexpr int64_t kStep = std::is_same_v<Real, float> ? simd::kLanes : 1;
 
-template <class V, class T>
-inline V load(const T* from) {
-  if constexpr (lanes<V> > 1) {
-    return simd::load(from);
-  } else if constexpr (std::is_same_v<T, double>) {
-    return *from;
+template <class Real, class T>
+inline Real to_real(T x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return static_cast<Real>(x);
   } else {
-    return simd::to_float(*from);
+    return simd::to_float(x);
   }
 }
 
-inline void store(double* to, double x) { *to = x; }
-template <class T>
-inline void store(T* to, float x) {
-  *to = simd::from_float<T>(x);
+template <class T, class Real>
+inline T from_real(Real x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return x;
+  } else {
+    return simd::from_float<T>(static_cast<float>(x));
+  }
 }
 
+// A step from x on
+inline double load(const double* x) { return *x; }
+inline void store(double* x, double value) { *x = value; }
+
 // simd.h's functions of a Vec are found by its argument.
-inline float exp(float x) { return std::exp(x); }
-inline double exp(double x) { return std::exp(x); }
-inline float log(float x) { return std::log(x); }
+inline double exp2(double x) { return std::exp2(x); }
 inline double log(double x) { return std::log(x); }
-inline float select(bool where, float yes, float no) { return where ? yes : no; }
+inline double fma(double a, double b, double c) { return a * b + c; }
 inline double select(bool where, double yes, double no) { return where ? yes : no; }
-inline float max(float a, float b) { return a > b ? a : b; }
 inline double max(double a, double b) { return a > b ? a : b; }
 inline double reduce_sum(double x) { return x; }
-inline float reduce_max(float x) { return x; }
 inline double reduce_max(double x) { return x; }
 
 // ln x of normal x > 0 within 1 ulp, NaN of NaN; x = m * 2^n with m in [sqrt(1/2), sqrt(2)), ln m by the polynomial of

@@ -84,7 +84,7 @@ Arguments one_row(const Options& options, const float* student, int64_t width, c
   arguments.labels = label;
   arguments.coefficient = coefficient;
   arguments.losses = loss;
-  arguments.gradient = gradient;
+  arguments.gradient = {gradient, Dtype::kFloat, 1, width, width, width};
   return arguments;
 }
 
@@ -104,7 +104,7 @@ void check(const Arguments& arguments, const std::vector<double>& q) {
     if (kink) return;
   }
   for (int64_t i = 0; i < width; ++i) {
-    CHECK_NEAR(static_cast<const float*>(arguments.gradient)[i], factor * gradient[i], 2e-6);
+    CHECK_NEAR(static_cast<const float*>(arguments.gradient.data)[i], factor * gradient[i], 2e-6);
   }
 }
 

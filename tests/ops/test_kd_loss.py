@@ -547,7 +547,7 @@ def test_opcheck(op, device):
         pytest.skip("compiled on the CPU only")
     student = torch.randn(1, 3, 6, requires_grad=True)
     coefficient, labels = torch.ones(3), torch.tensor([0, 1, 2])
-    options = (1, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0, True)
+    options = (1, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0, True, False)
     if op == "kd_loss_dense":
         arguments = (student, torch.randn(1, 3, 6), labels, coefficient, *options)
     else:

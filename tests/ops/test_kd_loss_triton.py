@@ -149,13 +149,13 @@ def test_a_wrong_label_or_id_makes_the_row_nan(device):
     coefficient = torch.ones(3, device=device)
     labels = torch.tensor([2, 20, -1], device=device)
     ids = torch.tensor([[1, 20], [1, 2], [3, 2**40]], device=device)
-    options = (1, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0, True)
+    options = (1, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0, True, False)
     call = torch.ops.condgen_fast.kd_loss_triton
-    losses, gradient = call(student, student * 2, None, None, labels, coefficient, 1, 0.0, *options)
+    losses, gradient, _ = call(student, student * 2, None, None, labels, coefficient, 1, 0.0, *options)
     assert losses.isnan().tolist() == [False, True, True]
     assert gradient.isnan().all(-1).tolist() == [[False, True, True]] and gradient[0, 0].isfinite().all()
     listed = torch.full((3, 2), -1.0, device=device)
-    losses, gradient = call(student, None, ids, listed, labels.clamp(0, 3), coefficient, 2, 0.0, *options)
+    losses, gradient, _ = call(student, None, ids, listed, labels.clamp(0, 3), coefficient, 2, 0.0, *options)
     assert losses.isnan().tolist() == [True, False, True] and gradient[0, 1].isfinite().all()
 
 
@@ -163,7 +163,7 @@ def test_opcheck_and_compile(device):
     student, teacher = torch.randn(1, 3, 6, device=device, requires_grad=True), torch.randn(1, 3, 6, device=device)
     labels = torch.tensor([0, 1, 2], device=device)
     arguments = (student, teacher, None, None, labels, torch.ones(3, device=device), 1, 0.0)
-    options = (1, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0, True)
+    options = (1, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0, True, False)
     torch.library.opcheck(torch.ops.condgen_fast.kd_loss_triton.default, arguments + options)
 
     def step(logits):

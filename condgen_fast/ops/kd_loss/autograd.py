@@ -10,11 +10,15 @@ from condgen_fast import _library
 OPTIONS = (
     "int divergence, float hard, float soft, float temperature, float teacher_temperature, float jsd_beta, "
     "float label_smoothing, float z_loss, bool with_gradient"
-)  # KernelOptions of op.py, and the flag
+)  # KernelOptions of op.py, and whether the gradient is wanted
 
 
 def kd_loss_dense(student: Tensor, teacher: Tensor | None, labels: Tensor | None, coefficient: Tensor, *options):
-    """Losses [N] and gradient (empty without ``with_gradient``) of rows [A, B, V] against logits [A, B, V'] or none."""
+    """Losses [N], gradient, and parts [N, 8] of them, for rows [A, B, V] against logits [A, B, V'] or none.
+
+    Parts are those of KDLossParts from nll on. The last two of ``options`` say whether gradient and parts are wanted;
+    else they are empty.
+    """
     return torch.ops.condgen_fast.kd_loss_dense(student, teacher, labels, coefficient, *options)
 
 
@@ -52,10 +56,12 @@ def kd_loss_triton(
 def _kd_loss_triton(student, *arguments):
     from condgen_fast.ops.kd_loss import triton_kernel
 
-    *arguments, with_gradient = arguments
+    *arguments, with_gradient, with_parts = arguments
+    if with_parts:
+        raise RuntimeError('kd_loss_parts has no Triton kernel; use impl="reference"')
     gradient = student.new_empty(student.shape if with_gradient else (0,))
     losses = triton_kernel.kd_loss_rows(student, *arguments, gradient if with_gradient else None)
-    return losses, gradient
+    return losses, gradient, losses.new_empty(0, 0)
 
 
 class OverwritingLoss(torch.autograd.Function):
@@ -82,35 +88,36 @@ class OverwritingLoss(torch.autograd.Function):
 
 
 def _fake(student, *arguments):
-    with_gradient = arguments[-1]
+    with_gradient, with_parts = arguments[-2:]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     losses = student.new_empty(student.shape[0] * student.shape[1], dtype=dtype)
-    return losses, student.new_empty(student.shape if with_gradient else (0,))
+    gradient = student.new_empty(student.shape if with_gradient else (0,))
+    return losses, gradient, losses.new_empty((losses.shape[0], 8) if with_parts else (0, 0))
 
 
 def _setup_context(ctx, inputs, output):
     ctx.tensor_count = sum(1 for value in inputs if value is None or isinstance(value, Tensor))
     ctx.save_for_backward(*inputs[: ctx.tensor_count])
-    ctx.options = inputs[ctx.tensor_count : -1]
+    *ctx.options, with_gradient, _ = inputs[ctx.tensor_count :]
     # float16 cannot hold a gradient that a loss scaler has not scaled yet: it is computed in the backward pass.
-    in_forward = inputs[-1] and inputs[0].dtype != torch.float16
+    in_forward = with_gradient and inputs[0].dtype != torch.float16
     ctx.gradient = output[1] if in_forward else None
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(op):
-    def backward(ctx, grad_losses, _):
+    def backward(ctx, grad_losses, *_):
         if torch.is_grad_enabled():
             raise RuntimeError('kd_loss has no second derivative; use impl="reference" for one')
-        others = (None,) * (ctx.tensor_count + len(ctx.options))
+        others = (None,) * (ctx.tensor_count + len(ctx.options) + 1)
         if grad_losses is None:
             return (None, *others)
         # The buffer is handed out once: autograd may accumulate into it, so a second backward pass computes it anew.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             *tensors, coefficient = ctx.saved_tensors
-            gradient = op(*tensors, coefficient * grad_losses, *ctx.options, True)[1]
+            gradient = op(*tensors, coefficient * grad_losses, *ctx.options, True, False)[1]
         elif type(grad_losses) is not Tensor:  # traced: no looking at values, no writing into them
             gradient = (gradient * grad_losses.view(*gradient.shape[:2], 1)).to(gradient.dtype)
         elif gradient.device.type == "cuda":
@@ -127,7 +134,8 @@ def _backward(op):
 def _register() -> None:
     tensors = "Tensor student, Tensor? teacher, Tensor? ids, Tensor? listed, Tensor? labels, Tensor coefficient"
     torch.library.define(
-        "condgen_fast::kd_loss_triton", f"({tensors}, int kind, float floor, {OPTIONS}) -> (Tensor, Tensor)"
+        "condgen_fast::kd_loss_triton",
+        f"({tensors}, int kind, float floor, {OPTIONS}, bool with_parts) -> (Tensor, Tensor, Tensor)",
     )
     torch.library.impl("condgen_fast::kd_loss_triton", ("cpu", "cuda"), _kd_loss_triton)
     ops = {"kd_loss_triton": kd_loss_triton}

@@ -170,7 +170,7 @@ def _linear_kd_loss(
                 arguments = (teacher, None, None, *rows, kind, 0.0, *options[:-1])
                 losses[chunk] = triton_kernel.kd_loss_rows(student, *arguments, gradient)
             else:
-                losses[chunk], gradient = kd_loss_dense(student, teacher, *rows, *options)
+                losses[chunk], gradient, _ = kd_loss_dense(student, teacher, *rows, *options, False)
             if not options[-1]:
                 continue
             gradient = gradient[0]

@@ -161,11 +161,11 @@ def row_losses(
         arguments = (*triton_teacher(teacher), labels, coefficient, *triton_kind(teacher), *options)
         if overwrite_logits and with_gradient:
             return OverwritingLoss.apply(student, *arguments)
-        return kd_loss_triton(student, *arguments, with_gradient)[0]
+        return kd_loss_triton(student, *arguments, with_gradient, False)[0]
     if isinstance(teacher, (TopK, LabelPrior)):
         listed = listed_distribution(teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype)
-        return kd_loss_sparse(student, *listed, labels, coefficient, *options, with_gradient)[0]
-    return kd_loss_dense(student, teacher, labels, coefficient, *options, with_gradient)[0]
+        return kd_loss_sparse(student, *listed, labels, coefficient, *options, with_gradient, False)[0]
+    return kd_loss_dense(student, teacher, labels, coefficient, *options, with_gradient, False)[0]
 
 
 def triton_teacher(teacher) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
