@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -23,6 +23,7 @@ from condgen_fast.decode.protocols import (
     StepModel,
     missing_members,
 )
+from condgen_fast.decode.trace import left_to_right as written  # a module of this package has that name
 
 # short name → module of this folder and class in it; loaded when first asked for
 _STRATEGIES = {
@@ -99,7 +100,12 @@ def decode(
         return Hypotheses.empty(n, source.device)
     # not inference_mode: tables that a model builds on first use, and the ids returned, must stay usable in training
     with torch.no_grad(), _eval_mode(model):
-        return strategy.run(model, source, source_lengths)
+        result = strategy.run(model, source, source_lengths)
+    if getattr(strategy, "trace", False) and result.trace is None:  # from left to right, the result says it all
+        best = result.tokens[:, 0], result.token_log_probs[:, 0]
+        traces = written(*best, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)
+        result = replace(result, trace=traces)
+    return result
 
 
 def _resolve(strategy: Any, options: dict[str, Any]) -> Any:

@@ -45,6 +45,7 @@ class BeamSearch:
     max_length       tokens of the longest, eos included; None: 2 * source length + 10, at most `model.max_positions`
     no_repeat_ngram  n > 0: no n tokens follow each other twice in a hypothesis
     impl             implementation of `beam_topk`
+    trace            record the best hypothesis's tokens in `Hypotheses.trace`
 
     A hypothesis finishes when its eos is among the beam_size best allowed continuations of a step; the beam is refilled
     with the best that are not eos, so finished hypotheses take no place in it. At the limit each kept hypothesis ends
@@ -63,6 +64,7 @@ class BeamSearch:
     max_length: int | None = None
     no_repeat_ngram: int = 0
     impl: str = "auto"
+    trace: bool = False
 
     model_protocol: ClassVar[type] = StepModel
 

@@ -154,6 +154,8 @@ class BlockDiffusion:
 
     def _start(self, model: MaskedModel, source: Tensor, source_lengths: Tensor, length: int) -> _Canvases:
         batch, longest, device = *source.shape, source.device
+        if hasattr(model, "encode"):
+            raise TypeError(f"BlockDiffusion needs a model without encoder; {type(model).__name__} has encode")
         if model.pad_id in (model.bos_id, model.eos_id, model.mask_id):
             raise ValueError(f"pad_id must differ from bos_id, eos_id and mask_id; got {model.pad_id}")
         positions = torch.arange(longest, device=device)

@@ -23,6 +23,7 @@ class Greedy:
     max_length      tokens of the longest, eos included; None: 2 * source length + 10, at most `model.max_positions`
     length_penalty  score = sum of log-probabilities / length ** length_penalty
     impl            implementation of `beam_topk`
+    trace           record the tokens in `Hypotheses.trace`
 
     pad and bos are never generated. Ties go to the lower token. The log-probabilities are the model's own: a token that
     was not allowed keeps its share of the probability.
@@ -32,6 +33,7 @@ class Greedy:
     max_length: int | None = None
     length_penalty: float = 1.0
     impl: str = "auto"
+    trace: bool = False
 
     model_protocol: ClassVar[type] = StepModel
 

@@ -20,7 +20,8 @@ class Hypotheses:
     token_log_probs  [B, n, L+1] float32, log-probability of each token; that of eos stands after the last token,
                      0 beyond
     iterations       [B] int64, rounds that ran for the sentence (steps, for left-to-right decoding)
-    trace            what a refining strategy did, round by round; None unless it was asked for
+    trace            what the strategy did to each sentence, round by round (`condgen_fast.decode.trace`); None unless
+                     it was asked for
     """
 
     tokens: Tensor

@@ -26,6 +26,7 @@ class Sampling:
     seed            the draws; None: from torch's global generator, so that `torch.manual_seed` governs them
     generator       a torch.Generator to take the seed from, advanced by one draw a call; not beside `seed`
     min_length, max_length, length_penalty   as in `Greedy`
+    trace           record the best sample's tokens in `Hypotheses.trace`
 
     A draw depends on the seed, the sentence's own source tokens, the number of the sample and the step, and on nothing
     else: a sentence has the same samples in any batch, order and padding, and equal sentences have equal samples.
@@ -42,6 +43,7 @@ class Sampling:
     min_length: int = 0
     max_length: int | None = None
     length_penalty: float = 1.0
+    trace: bool = False
 
     model_protocol: ClassVar[type] = StepModel
 

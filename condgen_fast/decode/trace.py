@@ -23,6 +23,9 @@ class Step:
     restore     after          an earlier canvas is returned instead of the last
     result      after          none: how the canvas was returned, where no other step shows it
     write       after          the next token, from left to right
+    rewrite     after          tokens that became others
+    put         after          tokens that came where none was
+    commit      after          masks that became tokens; others may have been dropped from the end
     """
 
     iteration: int  # 0 before the first round

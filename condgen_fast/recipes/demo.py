@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from condgen_fast.data import embedded
 from condgen_fast.data.vocabulary import Vocabulary
-from condgen_fast.decode import BeamSearch, Greedy, Hypotheses, LevenshteinRefinement, MaskPredict
+from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict
 from condgen_fast.decode.html import Example, Run, page
-from condgen_fast.decode.trace import Trace, left_to_right
 from condgen_fast.metrics.bleu import bleu
 from condgen_fast.models.checkpoint import load_model
 from condgen_fast.models.layers import EncoderDecoder
@@ -190,11 +189,11 @@ def write_page(
             if system not in ("beam 5", "Mask-Predict T=10", "LevT"):
                 continue
             model, vocabulary = models[name]
-            if hasattr(strategy, "trace"):
-                strategy = replace(strategy, trace=True)
+            strategy = replace(strategy, trace=True)
             tokens, hypotheses = translate_batch(model, vocabulary.encode([sources[i]]), strategy)
-            trace = hypotheses.trace[0] if hypotheses.trace else written(model, hypotheses)
-            runs.append(Run(system, trace, lambda t, v=vocabulary: v.pieces([t])[0], vocabulary.decode(tokens)[0]))
+            runs.append(
+                Run(system, hypotheses.trace[0], lambda t, v=vocabulary: v.pieces([t])[0], vocabulary.decode(tokens)[0])
+            )
         examples.append(Example(sources[i], runs, references[i]))
     text = page(
         examples,
@@ -203,9 +202,3 @@ def write_page(
         " (Mask-Predict), and by deleting and inserting (Levenshtein Transformer).",
     )
     (options.output / "refinement.html").write_text(text, encoding="utf-8")
-
-
-def written(model: EncoderDecoder, hypotheses: Hypotheses) -> Trace:
-    """The trace of a left-to-right hypothesis: one token a step."""
-    best = hypotheses.tokens[:, 0], hypotheses.token_log_probs[:, 0]
-    return left_to_right(*best, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)[0]

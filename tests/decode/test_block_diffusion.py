@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, UNK, sure
+from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, UNK, RandomModel, sure
 from torch import Tensor
 
 from condgen_fast.decode import BlockDiffusion, decode
@@ -405,5 +405,7 @@ def test_bad_models_and_sources_are_refused(block_causal):
     model.pad_id = EOS
     with pytest.raises(ValueError, match="pad_id must differ from bos_id, eos_id and mask_id; got 3"):
         decode(model, [[5]], "block_diffusion")
+    with pytest.raises(TypeError, match="BlockDiffusion needs a model without encoder; RandomModel has encode"):
+        decode(RandomModel(), [[5]], "block_diffusion")
     with pytest.raises(TypeError, match="BlockDiffusion needs a MaskedModel; object has no vocab_size"):
         decode(object(), [[5]], "block_diffusion")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from helpers import TableModel, random_table
 from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, RandomModel
 
-from condgen_fast.decode import LevenshteinRefinement, MaskPredict, decode
+from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict, Sampling, decode
 from condgen_fast.decode.html import Example, Run, page
 from condgen_fast.decode.trace import Recorder, Step, Trace, left_to_right
 
@@ -80,6 +82,18 @@ def test_left_to_right_writes_a_token_a_step():
         Step(1, "write", [BOS, 5], [0.0, -4.0], [False, True]),
         Step(2, "write", [BOS, 5, EOS], [0.0, -4.0, -5.0], [False, False, True]),
     ]
+
+
+@pytest.mark.parametrize("strategy", [Greedy(), BeamSearch(beam_size=3, n_best=2), Sampling(n_samples=2, seed=1)])
+def test_left_to_right_strategies_record_their_best_hypothesis(strategy):
+    model = TableModel(random_table(3, 40, 9, seed=0), pad_id=0, bos_id=2, eos_id=1)
+    source = [[5], [6, 7], [8]]
+    plain, traced = decode(model, source, strategy), decode(model, source, replace(strategy, trace=True))
+    assert plain.trace is None and torch.equal(plain.tokens, traced.tokens)
+    for b, trace in enumerate(traced.trace):
+        last = trace.steps[-1]
+        assert last.tokens == [2, *traced.to_lists()[b][0], 1] and len(trace.steps) == int(traced.lengths[b, 0]) + 1
+        assert last.log_probs[1:] == traced.token_log_probs[b, 0, : len(last.tokens) - 1].tolist()
 
 
 class Outline(HTMLParser):
