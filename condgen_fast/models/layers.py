@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condgen_fast._check import check_number, check_token_ids
+from condgen_fast.models import compiled
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ class CrossAttention(nn.Module):
     def remember(self, states: Tensor) -> KeyValue:
         """states [B, S, D] -> keys and values of this layer."""
         batch, length, _ = states.shape
-        return KeyValue(*self.memory(states).view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4))
+        linear = compiled.linear if compiled.stands_in(self.memory) else nn.Linear.__call__
+        return KeyValue(*linear(self.memory, states).view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4))
 
     def forward(self, x: Tensor, memory: KeyValue, mask: Tensor) -> Tensor:
         """x [B, L, D], mask bool [B, 1, 1, S] -> [B, L, D]; the L queries are positions, or the beams of a sentence."""
@@ -245,12 +247,12 @@ class DecoderLayer(nn.Module):
         y, _ = self.attention(self.attention_residual.enter(x), mask, causal)
         return self.look(self.attention_residual.leave(x, y), memory, memory_mask)
 
-    def step(self, x: Tensor, past: KeyValue | None, memory: KeyValue, memory_mask: Tensor) -> tuple[Tensor, KeyValue]:
-        """One position of K beams, x [B, K, D]: self-attention per beam, cross-attention with the beams as queries."""
-        batch, beam, width = x.shape
-        y, past = self.attention(self.attention_residual.enter(x).view(batch * beam, 1, width), past=past)
-        x = self.attention_residual.leave(x, y.view(batch, beam, width))
-        return self.look(x, memory, memory_mask), past
+    def step(
+        self, x: Tensor, mask: Tensor, past: KeyValue | None, memory: KeyValue, memory_mask: Tensor
+    ) -> tuple[Tensor, KeyValue]:
+        """One position of K beams, x [B, K, D], queries of one sentence; mask [B, 1, K, tokens]: what each may see."""
+        y, past = self.attention(self.attention_residual.enter(x), mask, past=past)
+        return self.look(self.attention_residual.leave(x, y), memory, memory_mask), past
 
 
 @dataclass(frozen=True)
@@ -274,16 +276,20 @@ class Memory:
 class Encoder(nn.Module):
     def __init__(self, config: TransformerConfig, embedding: Embedding):
         super().__init__()
+        self.config = config
         self.embedding = embedding
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
 
     def forward(self, source: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """source [B, S], source_lengths [B] -> states [B, S, D], mask bool [B, S]."""
+        """source [B, S], source_lengths [B] -> states [B, S, D], meaningless beyond the mask bool [B, S]."""
         if source.shape[1] == 0:
             source = source.new_full((source.shape[0], 1), self.embedding.tokens.padding_idx)
         # An empty source still shows one (pad) position, so that attention has something to divide by.
-        mask = torch.arange(source.shape[1], device=source.device) < source_lengths.clamp(min=1)[:, None]
+        lengths = source_lengths.clamp(min=1)
+        mask = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
+        if compiled.stands_in(self):
+            return compiled.encode(self, source, lengths), mask
         x = self.embedding(source)
         for layer in self.layers:
             x = layer(x, mask[:, None, None, :])

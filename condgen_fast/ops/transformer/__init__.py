@@ -1,0 +1,3 @@
+from condgen_fast.ops.transformer.op import linear, transformer_pass, transformer_step
+
+__all__ = ["linear", "transformer_pass", "transformer_step"]
