@@ -34,6 +34,7 @@ from condgen_fast.ops import (
     linear_kd_loss,
     remask,
     row_stats,
+    vocabulary_parallel_kd_loss,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ __all__ = [
     "load_model",
     "remask",
     "row_stats",
+    "vocabulary_parallel_kd_loss",
 ]
 
 

@@ -1,7 +1,7 @@
 """Functions of tensors, each with a reference, kernels and one contract."""
 
 from condgen_fast.ops.beam_search import BeamTopK, beam_topk
-from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss
+from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss, vocabulary_parallel_kd_loss
 from condgen_fast.ops.levenshtein import AppliedEdits, EditLabels, apply_edits, edit_distance, edit_oracle
 from condgen_fast.ops.refinement import Commit, RowStats, commit, remask, row_stats
 
@@ -22,4 +22,5 @@ __all__ = [
     "linear_kd_loss",
     "remask",
     "row_stats",
+    "vocabulary_parallel_kd_loss",
 ]
