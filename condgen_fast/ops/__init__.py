@@ -2,13 +2,25 @@
 
 from condgen_fast.ops.beam_search import BeamTopK, beam_topk
 from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss, vocabulary_parallel_kd_loss
-from condgen_fast.ops.levenshtein import AppliedEdits, EditLabels, apply_edits, edit_distance, edit_oracle
+from condgen_fast.ops.levenshtein import (
+    AppliedEdits,
+    EditAlignment,
+    EditLabels,
+    apply_edits,
+    edit_alignment,
+    edit_distance,
+    edit_oracle,
+    random_delete,
+    random_mask,
+    random_shuffle,
+)
 from condgen_fast.ops.refinement import Commit, RowStats, commit, remask, row_stats
 
 __all__ = [
     "AppliedEdits",
     "BeamTopK",
     "Commit",
+    "EditAlignment",
     "EditLabels",
     "LabelPrior",
     "RowStats",
@@ -16,10 +28,14 @@ __all__ = [
     "apply_edits",
     "beam_topk",
     "commit",
+    "edit_alignment",
     "edit_distance",
     "edit_oracle",
     "kd_loss",
     "linear_kd_loss",
+    "random_delete",
+    "random_mask",
+    "random_shuffle",
     "remask",
     "row_stats",
     "vocabulary_parallel_kd_loss",

@@ -1,5 +1,5 @@
-// Bit-parallel LCS and Levenshtein distance of one pair of sentences on the CPU. y lies along the bits, 64 tokens a
-// word; x gives the rows. Symbols are hashed, so ids may be any integers.
+// Bit-parallel LCS and Levenshtein distance of one pair of sentences of any length on the CPU. y lies along the bits,
+// 64 tokens a word; x gives the rows. Symbols are hashed, so ids may be any integers.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 
+#include "levenshtein/lanes.h"
 #include "levenshtein/trace_back.h"
 
 namespace {
@@ -36,10 +37,6 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
-
-inline int64_t popcount(uint64_t word) { return __builtin_popcountll(word); }
-
 inline int64_t hash_bits(int64_t size) {  // a table twice the size, 128 slots at least
   int64_t bits = 7;
   while ((int64_t{1} << bits) < 2 * size) ++bits;
@@ -52,32 +49,7 @@ inline uint64_t first_probe(Id id, int64_t bits) {
   return (static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u) >> (64 - bits);
 }
 
-// Where each symbol stands in y, for y of at most 64 tokens: one word a symbol.
-template <class Id>
-class ShortOccurrences {
- public:
-  void build(const Id* y, int64_t n) {
-    std::memset(masks_, 0, sizeof(masks_));
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t slot = probe(y[j]);
-      keys_[slot] = y[j];
-      masks_[slot] |= uint64_t{1} << j;
-    }
-  }
-  uint64_t operator[](Id id) const { return masks_[probe(id)]; }
-
- private:
-  static constexpr int64_t kBits = 7;
-  int64_t probe(Id id) const {
-    uint64_t slot = first_probe(id, kBits);
-    while (masks_[slot] != 0 && keys_[slot] != id) slot = (slot + 1) & ((1 << kBits) - 1);
-    return slot;
-  }
-  Id keys_[1 << kBits];
-  uint64_t masks_[1 << kBits];
-};
-
-// The same for any y: for each symbol the words it stands in, ascending, with their masks. O(n) memory.
+// Where each symbol stands in y: for each the words it stands in, ascending, with their masks. O(n) memory.
 template <class Id>
 class Occurrences {
  public:
@@ -140,28 +112,6 @@ inline uint64_t lcs_word(uint64_t value, uint64_t mask, bool& carry) {
   carry = sum < value || with_carry < sum;
   return with_carry | (value & ~mask);
 }
-
-// Rows of the LCS table of a y with at most 64 tokens: one word each.
-template <class Id>
-class ShortLcs {
- public:
-  // Returns the length of the longest common subsequence.
-  int64_t run(const Id* x, int64_t m, const Id* y, int64_t n) {
-    occurrences_.build(y, n);
-    row_ = rows_.reserve(m + 1);
-    *row_ = ~uint64_t{0};
-    bool carry = false;
-    for (int64_t i = 0; i < m; ++i, ++row_) row_[1] = lcs_word(row_[0], occurrences_[x[i]], carry = false);
-    return popcount(~*row_);
-  }
-  const uint64_t* state() const { return row_; }
-  void step_back() { --row_; }
-
- private:
-  ShortOccurrences<Id> occurrences_;
-  Buffer<uint64_t> rows_;
-  uint64_t* row_ = nullptr;
-};
 
 // Rows of the LCS table of any y but an empty one. Only the last row is held; a log of the words that each row changed
 // leads back. A row in which few words change logs those, any other the whole row before it: never more than one bit a
@@ -280,19 +230,23 @@ class LongLcs {
 template <class Id>
 class UnitCost {
  public:
+  // kLog keeps D0 and VN of every row for the walk back.
+  template <bool kLog>
   int64_t run(const Id* x, int64_t m, const Id* y, int64_t n) {
     occurrences_.build(y, n);
-    const int64_t words = (n + 63) / 64;
-    uint64_t* vp = vp_.reserve(words);
-    uint64_t* vn = vn_.reserve(words);
-    std::memset(vp, 0xFF, 8 * words);
-    std::memset(vn, 0, 8 * words);
+    words_ = (n + 63) / 64;
+    uint64_t* vp = vp_.reserve(words_);
+    uint64_t* vn = vn_.reserve(kLog ? (m + 1) * words_ : words_);
+    uint64_t* d0_row = kLog ? d0_.reserve(m * words_) : nullptr;
+    std::memset(vp, 0xFF, 8 * words_);
+    std::memset(vn, 0, 8 * words_);
     const int64_t last_bit = (n - 1) % 64;
     int64_t distance = n;
     for (int64_t i = 0; i < m; ++i) {
       int32_t next = occurrences_.first(occurrences_.find(x[i]));
+      uint64_t* vn_below = kLog ? vn + words_ : vn;
       uint64_t hp_in = 1, hn_in = 0;  // the row above y's first token grows by one
-      for (int64_t w = 0; w < words; ++w) {
+      for (int64_t w = 0; w < words_; ++w) {
         uint64_t match = 0;
         if (next >= 0 && occurrences_.entry(next).word == w) {
           match = occurrences_.entry(next).mask;
@@ -301,21 +255,34 @@ class UnitCost {
         const uint64_t d0 = ((((match | hn_in) & vp[w]) + vp[w]) ^ vp[w]) | match | hn_in | vn[w];
         const uint64_t hp = vn[w] | ~(d0 | vp[w]);
         const uint64_t hn = d0 & vp[w];
-        if (w == words - 1) distance += static_cast<int64_t>((hp >> last_bit) & 1) - ((hn >> last_bit) & 1);
+        if (w == words_ - 1) distance += static_cast<int64_t>((hp >> last_bit) & 1) - ((hn >> last_bit) & 1);
         const uint64_t hp_shifted = (hp << 1) | hp_in;
         const uint64_t hn_shifted = (hn << 1) | hn_in;
         hp_in = hp >> 63;
         hn_in = hn >> 63;
         vp[w] = hn_shifted | ~(d0 | hp_shifted);
-        vn[w] = hp_shifted & d0;
+        vn_below[w] = hp_shifted & d0;
+        if (kLog) d0_row[w] = d0;
       }
+      vn = vn_below;
+      if (kLog) d0_row += words_;
     }
     return distance;
   }
 
+  struct Rows {
+    const uint64_t* row;
+    int64_t words;
+    const uint64_t* state() const { return row; }
+    void step_back() { row -= words; }
+  };
+  Rows d0(int64_t row) const { return {d0_.data() + (row - 1) * words_, words_}; }  // rows 1 .. m
+  Rows vn(int64_t row) const { return {vn_.data() + row * words_, words_}; }        // rows 0 .. m
+
  private:
   Occurrences<Id> occurrences_;
-  Buffer<uint64_t> vp_, vn_;
+  Buffer<uint64_t> vp_, vn_, d0_;
+  int64_t words_ = 0;
 };
 
 }  // namespace

@@ -38,12 +38,12 @@ void refuse_padding(int64_t row, const Id* tokens, int64_t width, int64_t pad_id
 std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cpu(const Tensor& tokens, const Tensor& target, int64_t pad_id,
                                                            bool source_slots) {
   return edit_oracle_op(tokens, target, pad_id, source_slots, [](const auto& arguments, int64_t batch) {
-    const int64_t row_tokens = arguments.width + arguments.target_width;
+    const int64_t row_tokens = arguments.width + arguments.other_width;
     const BadRows bad = over_rows(batch, row_tokens, [&](int64_t begin, int64_t end) {
       return CONDGEN_FAST_CPU_CALL(edit_oracle, arguments, begin, end);
     });
     refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
-    refuse_padding(bad.padded_second, arguments.target, arguments.target_width, arguments.pad_id, "target");
+    refuse_padding(bad.padded_second, arguments.target, arguments.other_width, arguments.pad_id, "target");
     if (bad.other == kNoRow) return;
     fail("target must need no insertion before the first or after the last ",
          arguments.source_slots ? "source" : "kept", " token; got one in row ", bad.other,
@@ -51,15 +51,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cpu(const Tensor& tokens,
   });
 }
 
-Tensor edit_distance_cpu(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution) {
-  return edit_distance_op(a, b, pad_id, substitution, [](const auto& arguments, int64_t batch) {
-    const int64_t row_tokens = arguments.width + arguments.other_width;
-    const BadRows bad = over_rows(batch, row_tokens, [&](int64_t begin, int64_t end) {
+Tensor edit_distance_cpu(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution, bool all_pairs) {
+  return edit_distance_op(a, b, pad_id, substitution, all_pairs, [](const auto& arguments, int64_t pairs) {
+    const int64_t pair_tokens = arguments.width + arguments.other_width;
+    const BadRows bad = over_rows(pairs, pair_tokens, [&](int64_t begin, int64_t end) {
       return CONDGEN_FAST_CPU_CALL(edit_distance, arguments, begin, end);
     });
-    refuse_padding(bad.padded_first, arguments.a, arguments.width, arguments.pad_id, "a");
-    refuse_padding(bad.padded_second, arguments.b, arguments.other_width, arguments.pad_id, "b");
+    auto row_of = [&](int64_t pair, const auto* first, const auto* row, int64_t width) {
+      return pair == kNoRow ? kNoRow : (row - first) / std::max<int64_t>(width, 1);
+    };
+    refuse_padding(row_of(bad.padded_first, arguments.a, arguments.first_row(bad.padded_first), arguments.width),
+                   arguments.a, arguments.width, arguments.pad_id, "a");
+    refuse_padding(
+        row_of(bad.padded_second, arguments.b, arguments.second_row(bad.padded_second), arguments.other_width),
+        arguments.b, arguments.other_width, arguments.pad_id, "b");
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> edit_alignment_cpu(const Tensor& tokens, const Tensor& target,
+                                                              int64_t pad_id, int64_t gap_id) {
+  return edit_alignment_op(tokens, target, pad_id, gap_id, [](const auto& arguments, int64_t batch) {
+    const int64_t row_tokens = arguments.width + arguments.other_width;
+    const BadRows bad = over_rows(batch, 4 * row_tokens, [&](int64_t begin, int64_t end) {
+      return CONDGEN_FAST_CPU_CALL(edit_alignment, arguments, begin, end);
+    });
+    refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
+    refuse_padding(bad.padded_second, arguments.target, arguments.other_width, arguments.pad_id, "target");
+  });
+}
+
+Tensor random_noise_cpu(const Tensor& tokens, const Tensor& seed, int64_t kind, int64_t pad_id, int64_t bos_id,
+                        int64_t eos_id, int64_t mask_id, int64_t distance) {
+  auto run = [](const auto& arguments, int64_t batch) {
+    const BadRows bad = over_rows(batch, 4 * arguments.width, [&](int64_t begin, int64_t end) {
+      return CONDGEN_FAST_CPU_CALL(random_noise, arguments, begin, end);
+    });
+    refuse_padding(bad.padded_first, arguments.tokens, arguments.width, arguments.pad_id, "tokens");
+  };
+  return random_noise_op(tokens, seed, kind, pad_id, bos_id, eos_id, mask_id, distance, run);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(
@@ -86,7 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
   m.def("edit_oracle(Tensor tokens, Tensor target, int pad_id, bool source_slots) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("edit_distance(Tensor a, Tensor b, int pad_id, bool substitution) -> Tensor");
+  m.def("edit_distance(Tensor a, Tensor b, int pad_id, bool substitution, bool all_pairs=False) -> Tensor");
+  m.def("edit_alignment(Tensor tokens, Tensor target, int pad_id, int gap_id) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "random_noise(Tensor tokens, Tensor seed, int kind, int pad_id, int bos_id, int eos_id, int mask_id, int "
+      "distance) "
+      "-> Tensor");
   m.def(
       "apply_edits(Tensor tokens, Tensor? delete, Tensor? insert, Tensor? fill, Tensor? scores, int pad_id, "
       "int bos_id, int eos_id, int mask_id, SymInt width) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -95,5 +129,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(condgen_fast, CPU, m) {
   m.impl("edit_oracle", TORCH_BOX(&condgen_fast::levenshtein::edit_oracle_cpu));
   m.impl("edit_distance", TORCH_BOX(&condgen_fast::levenshtein::edit_distance_cpu));
+  m.impl("edit_alignment", TORCH_BOX(&condgen_fast::levenshtein::edit_alignment_cpu));
+  m.impl("random_noise", TORCH_BOX(&condgen_fast::levenshtein::random_noise_cpu));
   m.impl("apply_edits", TORCH_BOX(&condgen_fast::levenshtein::apply_edits_cpu));
 }

@@ -1,7 +1,10 @@
 // Launches of the CUDA kernels, one block of one warp a sentence, and the CUDA ops.
 #include "common/cuda_utils.cuh"
+#include "levenshtein/apply_edits_kernel.cuh"
+#include "levenshtein/edit_distance_kernels.cuh"
+#include "levenshtein/edit_oracle_kernel.cuh"
 #include "levenshtein/levenshtein_tensors.h"
-#include "levenshtein/warp_kernels.cuh"
+#include "levenshtein/noise.h"
 
 namespace condgen_fast::levenshtein {
 namespace {
@@ -13,7 +16,7 @@ struct Scratch {
     if (4 * words <= kSharedBytes) {
       shared_bytes = static_cast<size_t>(4 * words);
     } else {
-      memory = torch::stable::new_empty(like, {batch, words}, ScalarType::Int);
+      memory = allocate(like, {batch, words}, aoti_torch_dtype_int32());
     }
   }
   uint32_t* data() const { return memory ? reinterpret_cast<uint32_t*>(memory->mutable_data_ptr<int32_t>()) : nullptr; }
@@ -27,19 +30,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cuda(const Tensor& tokens
                                                             bool source_slots) {
   const OnDeviceOf device(tokens);
   return edit_oracle_op(tokens, target, pad_id, source_slots, [&](const auto& arguments, int64_t batch) {
-    const Scratch table(tokens, batch, (arguments.width + 1) * ceil_div<int64_t>(arguments.target_width, kWarp));
+    const Scratch table(tokens, batch, oracle_words(arguments.width, arguments.other_width));
     edit_oracle_kernel<<<batch, kWarp, table.shared_bytes, device.stream()>>>(arguments, table.data(), table.words);
     check_launch("edit_oracle");
   });
 }
 
-Tensor edit_distance_cuda(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution) {
+Tensor edit_distance_cuda(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution, bool all_pairs) {
   const OnDeviceOf device(a);
-  return edit_distance_op(a, b, pad_id, substitution, [&](const auto& arguments, int64_t batch) {
-    const Scratch rows(a, batch, 2 * ceil_div<int64_t>(arguments.other_width, kWarp));
-    edit_distance_kernel<<<batch, kWarp, rows.shared_bytes, device.stream()>>>(arguments, rows.data(), rows.words);
+  return edit_distance_op(a, b, pad_id, substitution, all_pairs, [&](const auto& arguments, int64_t pairs) {
+    const Scratch rows(a, pairs, 2 * ceil_div<int64_t>(arguments.other_width, kWarp));
+    edit_distance_kernel<<<pairs, kWarp, rows.shared_bytes, device.stream()>>>(arguments, rows.data(), rows.words);
     check_launch("edit_distance");
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> edit_alignment_cuda(const Tensor& tokens, const Tensor& target,
+                                                               int64_t pad_id, int64_t gap_id) {
+  const OnDeviceOf device(tokens);
+  return edit_alignment_op(tokens, target, pad_id, gap_id, [&](const auto& arguments, int64_t batch) {
+    const Scratch tables(tokens, batch, alignment_words(arguments.width, arguments.other_width));
+    edit_alignment_kernel<<<batch, kWarp, tables.shared_bytes, device.stream()>>>(arguments, tables.data(),
+                                                                                  tables.words);
+    check_launch("edit_alignment");
+  });
+}
+
+// A thread a sentence: its draws depend on one another, and there are few of them.
+template <class Id>
+__global__ void random_noise_kernel(NoiseArguments<Id> arguments, int64_t batch) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (b >= batch) return;
+  const Id* row = arguments.tokens + b * arguments.width;
+  int64_t length = arguments.width;
+  while (length > 0 && row[length - 1] == arguments.pad_id) --length;
+  add_noise(arguments, b, length);
+}
+
+Tensor random_noise_cuda(const Tensor& tokens, const Tensor& seed, int64_t kind, int64_t pad_id, int64_t bos_id,
+                         int64_t eos_id, int64_t mask_id, int64_t distance) {
+  const OnDeviceOf device(tokens);
+  auto run = [&](const auto& arguments, int64_t batch) {
+    random_noise_kernel<<<ceil_div<int64_t>(batch, kWarp), kWarp, 0, device.stream()>>>(arguments, batch);
+    check_launch("random_noise");
+  };
+  return random_noise_op(tokens, seed, kind, pad_id, bos_id, eos_id, mask_id, distance, run);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cuda(
@@ -60,5 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cuda(
 STABLE_TORCH_LIBRARY_IMPL(condgen_fast, CUDA, m) {
   m.impl("edit_oracle", TORCH_BOX(&condgen_fast::levenshtein::edit_oracle_cuda));
   m.impl("edit_distance", TORCH_BOX(&condgen_fast::levenshtein::edit_distance_cuda));
+  m.impl("edit_alignment", TORCH_BOX(&condgen_fast::levenshtein::edit_alignment_cuda));
+  m.impl("random_noise", TORCH_BOX(&condgen_fast::levenshtein::random_noise_cuda));
   m.impl("apply_edits", TORCH_BOX(&condgen_fast::levenshtein::apply_edits_cuda));
 }

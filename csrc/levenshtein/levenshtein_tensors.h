@@ -23,14 +23,15 @@ void with_id_type(const Tensor& tokens, const Call& call) {
   }
 }
 
-inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name) {
+inline void check_pair(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name,
+                       bool row_by_row) {
   check_shape(first, first_name, {-1, -1});
   check_dtype(first, first_name, {ScalarType::Long, ScalarType::Int});
   check_shape(second, second_name, {-1, -1});
   check_dtype(second, second_name, {first.scalar_type()});
   check_same_device(second, second_name, first, first_name);
-  CONDGEN_FAST_CHECK(first.size(0) == second.size(0), second_name, " must have ", first.size(0), " rows; got ",
-                     second.size(0));
+  CONDGEN_FAST_CHECK(!row_by_row || first.size(0) == second.size(0), second_name, " must have ", first.size(0),
+                     " rows; got ", second.size(0));
 }
 
 inline void check_like(const std::optional<Tensor>& value, const char* name, const Tensor& tokens, ScalarType dtype,
@@ -41,29 +42,42 @@ inline void check_like(const std::optional<Tensor>& value, const char* name, con
   check_same_device(*value, name, tokens, "tokens");
 }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+// torch::stable::contiguous and new_empty go through the dispatcher's stack and take a microsecond, which is what eight
+// short pairs take.
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return packed(*tensor);
+}
+
+// Uninitialised, on the device of `like`; dtype as of aoti_torch_dtype_...().
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                                          &dtype, nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
 }
 
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_op(const Tensor& tokens,  // [B, S]
                                                           const Tensor& target,  // [B, T]
                                                           int64_t pad_id, bool source_slots, const Run& run) {
-  check_pair(tokens, "tokens", target, "target");
+  check_pair(tokens, "tokens", target, "target", true);
   const int64_t batch = tokens.size(0), width = tokens.size(1), target_width = target.size(1);
-  const Tensor x = torch::stable::contiguous(tokens), y = torch::stable::contiguous(target);
-  Tensor delete_labels = torch::stable::new_empty(tokens, {batch, width}, ScalarType::Bool);
-  Tensor insert = torch::stable::new_empty(tokens, {batch, std::max<int64_t>(width - 1, 0)}, ScalarType::Long);
-  Tensor masked = torch::stable::new_empty(tokens, {batch, target_width}, ScalarType::Bool);
-  Tensor distance = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);
+  const Tensor x = packed(tokens), y = packed(target);
+  Tensor delete_labels = allocate(tokens, {batch, width}, aoti_torch_dtype_bool());
+  Tensor insert = allocate(tokens, {batch, std::max<int64_t>(width - 1, 0)}, aoti_torch_dtype_int64());
+  Tensor masked = allocate(tokens, {batch, target_width}, aoti_torch_dtype_bool());
+  Tensor distance = allocate(tokens, {batch}, aoti_torch_dtype_int64());
   with_id_type(tokens, [&](auto id) {
     using Id = decltype(id);
     OracleArguments<Id> arguments;
     arguments.tokens = x.const_data_ptr<Id>();
     arguments.target = y.const_data_ptr<Id>();
     arguments.width = width;
-    arguments.target_width = target_width;
+    arguments.other_width = target_width;
     arguments.pad_id = pad_id;
     arguments.source_slots = source_slots;
     arguments.delete_labels = delete_labels.mutable_data_ptr<bool>();
@@ -78,11 +92,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_op(const Tensor& tokens, 
 template <class Run>
 Tensor edit_distance_op(const Tensor& a,  // [B, S]
                         const Tensor& b,  // [B, T]
-                        int64_t pad_id, bool substitution, const Run& run) {
-  check_pair(a, "a", b, "b");
-  const int64_t batch = a.size(0);
-  const Tensor x = torch::stable::contiguous(a), y = torch::stable::contiguous(b);
-  Tensor distance = torch::stable::new_empty(a, {batch}, ScalarType::Long);
+                        int64_t pad_id, bool substitution, bool all_pairs, const Run& run) {
+  check_pair(a, "a", b, "b", !all_pairs);
+  const int64_t pairs = a.size(0) * (all_pairs ? b.size(0) : 1);
+  const Tensor x = packed(a), y = packed(b);
+  Tensor distance = all_pairs ? allocate(a, {a.size(0), b.size(0)}, aoti_torch_dtype_int64())
+                              : allocate(a, {a.size(0)}, aoti_torch_dtype_int64());
   with_id_type(a, [&](auto id) {
     using Id = decltype(id);
     DistanceArguments<Id> arguments;
@@ -90,12 +105,75 @@ Tensor edit_distance_op(const Tensor& a,  // [B, S]
     arguments.b = y.const_data_ptr<Id>();
     arguments.width = a.size(1);
     arguments.other_width = b.size(1);
+    arguments.others = all_pairs ? b.size(0) : 0;
     arguments.pad_id = pad_id;
     arguments.substitution = substitution;
     arguments.distance = distance.mutable_data_ptr<int64_t>();
-    if (batch > 0) run(arguments, batch);
+    if (pairs > 0) run(arguments, pairs);
   });
   return distance;
+}
+
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor> edit_alignment_op(const Tensor& tokens,  // [B, S]
+                                                             const Tensor& target,  // [B, T]
+                                                             int64_t pad_id, int64_t gap_id, const Run& run) {
+  check_pair(tokens, "tokens", target, "target", true);
+  const int64_t batch = tokens.size(0), width = tokens.size(1), other_width = target.size(1);
+  const Tensor x = packed(tokens), y = packed(target);
+  const bool is_long = tokens.scalar_type() == ScalarType::Long;
+  const int32_t dtype = is_long ? aoti_torch_dtype_int64() : aoti_torch_dtype_int32();
+  Tensor aligned_tokens = allocate(tokens, {batch, width + other_width}, dtype);
+  Tensor aligned_target = allocate(tokens, {batch, width + other_width}, dtype);
+  Tensor lengths = allocate(tokens, {batch}, aoti_torch_dtype_int64());
+  Tensor distance = allocate(tokens, {batch}, aoti_torch_dtype_int64());
+  with_id_type(tokens, [&](auto id) {
+    using Id = decltype(id);
+    AlignmentArguments<Id> arguments;
+    arguments.tokens = x.const_data_ptr<Id>();
+    arguments.target = y.const_data_ptr<Id>();
+    arguments.width = width;
+    arguments.other_width = other_width;
+    arguments.pad_id = pad_id;
+    arguments.gap_id = gap_id;
+    arguments.aligned_tokens = aligned_tokens.mutable_data_ptr<Id>();
+    arguments.aligned_target = aligned_target.mutable_data_ptr<Id>();
+    arguments.lengths = lengths.mutable_data_ptr<int64_t>();
+    arguments.distance = distance.mutable_data_ptr<int64_t>();
+    if (batch > 0) run(arguments, batch);
+  });
+  return {aligned_tokens, aligned_target, lengths, distance};
+}
+
+template <class Run>
+Tensor random_noise_op(const Tensor& tokens,  // [B, T]
+                       const Tensor& seed,    // [1]
+                       int64_t kind, int64_t pad_id, int64_t bos_id, int64_t eos_id, int64_t mask_id, int64_t distance,
+                       const Run& run) {
+  check_shape(tokens, "tokens", {-1, -1});
+  check_dtype(tokens, "tokens", {ScalarType::Long, ScalarType::Int});
+  check_shape(seed, "seed", {1});
+  check_dtype(seed, "seed", {ScalarType::Long});
+  check_same_device(seed, "seed", tokens, "tokens");
+  CONDGEN_FAST_CHECK(kind >= 0 && kind <= 2, "kind must be 0, 1 or 2; got ", kind);
+  const Tensor x = packed(tokens);
+  Tensor out = torch::stable::new_empty(tokens, {tokens.size(0), tokens.size(1)});
+  with_id_type(tokens, [&](auto id) {
+    using Id = decltype(id);
+    NoiseArguments<Id> arguments;
+    arguments.tokens = x.const_data_ptr<Id>();
+    arguments.seed = seed.const_data_ptr<int64_t>();
+    arguments.width = tokens.size(1);
+    arguments.kind = static_cast<Noise>(kind);
+    arguments.pad_id = pad_id;
+    arguments.bos_id = bos_id;
+    arguments.eos_id = eos_id;
+    arguments.mask_id = mask_id;
+    arguments.distance = distance;
+    arguments.out = out.mutable_data_ptr<Id>();
+    if (tokens.numel() > 0) run(arguments, tokens.size(0));
+  });
+  return out;
 }
 
 template <class Run>
@@ -117,14 +195,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens, 
     check_dtype(*scores, "scores", {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16});
     check_like(scores, "scores", tokens, scores->scalar_type(), width);
   }
-  const Tensor x = torch::stable::contiguous(tokens);
-  const auto deleted = contiguous(delete_labels), counts = contiguous(insert), filling = contiguous(fill),
-             score = contiguous(scores);
+  const Tensor x = packed(tokens);
+  const auto deleted = packed(delete_labels), counts = packed(insert), filling = packed(fill), score = packed(scores);
   Tensor out_tokens = torch::stable::new_empty(tokens, {batch, out_width});
   Tensor out_scores = scores ? torch::stable::new_empty(*scores, {batch, out_width})
-                             : torch::stable::new_empty(tokens, {0}, ScalarType::Float);
-  Tensor lengths = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);
-  Tensor origin = torch::stable::new_empty(tokens, {batch, out_width}, ScalarType::Long);
+                             : allocate(tokens, {0}, aoti_torch_dtype_float32());
+  Tensor lengths = allocate(tokens, {batch}, aoti_torch_dtype_int64());
+  Tensor origin = allocate(tokens, {batch, out_width}, aoti_torch_dtype_int64());
   with_id_type(tokens, [&](auto id) {
     using Id = decltype(id);
     auto with_score_type = [&](auto bits) {

@@ -8,13 +8,7 @@
 //   keep    else.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define CONDGEN_FAST_HOST_DEVICE __host__ __device__
-#else
-#define CONDGEN_FAST_HOST_DEVICE
-#endif
+#include "levenshtein/levenshtein.h"
 
 // Unnamed on purpose: the including file is compiled once per instruction set, and no copy may stand in for another.
 namespace {
@@ -48,47 +42,50 @@ CONDGEN_FAST_HOST_DEVICE inline bool is_one(const Word* state, int64_t j) {
   return (state[j / bits] >> (j % bits)) & 1;
 }
 
-// Writes the labels of one sentence, steps coming last first. The three rows are zero at the start.
-struct LabelWriter {
-  bool* delete_row;     // [S]
-  int64_t* insert_row;  // [S-1]
-  bool* masked_row;     // [T]
-  int64_t last_slot;    // slots are 0 .. last_slot-1
-  int64_t kept;         // tokens that stay among those in front of the walk
-  bool source_slots;
-  bool outside;  // an insertion had no slot
+template <class Word>
+CONDGEN_FAST_HOST_DEVICE inline void set_bit(Word* bits, int64_t i) {
+  constexpr int64_t width = 8 * sizeof(Word);
+  bits[i / width] |= Word{1} << (i % width);
+}
 
-  // target[from:to] goes in behind the first `passed` tokens.
-  CONDGEN_FAST_HOST_DEVICE void insert(int64_t passed, int64_t from, int64_t to) {
-    if (from == to) return;
-    for (int64_t j = from; j < to; ++j) masked_row[j] = true;
-    const int64_t slot = (source_slots ? passed : kept) - 1;
-    if (slot < 0 || slot >= last_slot) {
-      outside = true;
-    } else {
-      insert_row[slot] += to - from;
-    }
-  }
-};
-
-// rows.state() is the current row, first row m, and rows.step_back() goes from row i to row i-1.
-// offset: length of the common prefix that was cut from both sentences.
-template <class Rows>
-CONDGEN_FAST_HOST_DEVICE inline void trace_back(Rows& rows, int64_t m, int64_t n, int64_t offset, LabelWriter& labels) {
+// rows.state() is the current row, first row m, and rows.step_back() goes from row i to row i-1. Sets the bits of the
+// tokens that stay (script.h), `offset` bits behind their place in x and y.
+template <class Rows, class Word>
+CONDGEN_FAST_HOST_DEVICE inline void trace_back(Rows& rows, int64_t m, int64_t n, int64_t offset, Word* kept_x,
+                                                Word* kept_y) {
   int64_t j = n;
-  for (int64_t i = m; i > 0; --i) {
-    const int64_t kept_end = last_zero(rows.state(), j);
-    labels.insert(offset + i, offset + kept_end, offset + j);
-    j = kept_end;
+  for (int64_t i = m; i > 0 && j > 0; --i) {
+    j = last_zero(rows.state(), j);
     rows.step_back();
-    if (j > 0 && is_one(rows.state(), j - 1)) {
-      --labels.kept;
-      --j;
-    } else {
-      labels.delete_row[offset + i - 1] = true;
-    }
+    if (j == 0 || !is_one(rows.state(), j - 1)) continue;
+    set_bit(kept_x, offset + i - 1);
+    set_bit(kept_y, offset + --j);
   }
-  labels.insert(offset, offset, offset + j);
+}
+
+// The cheapest unit-cost alignment, found from the end with "pair, else delete, else insert". d0.state()[j] is 1 where
+// the cell (i, j + 1) costs what (i-1, j) does, vn.state()[j] where it costs one less than (i, j); both are rows that
+// step_back() as above, d0 from row m and vn from row m-1. Writes the steps downward from the two ends and returns how
+// many there are: a token of x or the gap, a token of y or the gap.
+template <class Rows, class Id>
+CONDGEN_FAST_HOST_DEVICE inline int64_t trace_alignment(Rows& d0, Rows& vn, const Id* x, int64_t m, const Id* y,
+                                                        int64_t n, Id gap, Id* x_end, Id* y_end) {
+  int64_t steps = 0;
+  int64_t i = m, j = n;
+  while (i > 0 || j > 0) {
+    const bool pair = i > 0 && j > 0 && (x[i - 1] == y[j - 1] || !is_one(d0.state(), j - 1));
+    const bool from_x = pair || j == 0 || (i > 0 && is_one(vn.state(), j - 1));
+    const bool from_y = pair || !from_x;
+    ++steps;
+    *--x_end = from_x ? x[i - 1] : gap;
+    *--y_end = from_y ? y[j - 1] : gap;
+    j -= from_y;
+    if (!from_x) continue;
+    if (--i == 0) continue;
+    d0.step_back();
+    vn.step_back();
+  }
+  return steps;
 }
 
 }  // namespace

@@ -9,7 +9,9 @@
 #include "testing.h"
 #include "warp_emulation.h"
 // after the emulation
-#include "levenshtein/warp_kernels.cuh"
+#include "levenshtein/apply_edits_kernel.cuh"
+#include "levenshtein/edit_distance_kernels.cuh"
+#include "levenshtein/edit_oracle_kernel.cuh"
 
 namespace condgen_fast::levenshtein {
 namespace {
@@ -78,6 +80,29 @@ struct Labels {
   std::vector<int64_t> insert, distance;
 };
 
+// Distances between all prefixes of x and y, a row of n + 1 for each i; substitution is 1 or, as not there, 2.
+template <class Id>
+const uint32_t* distances(const Id* x, int64_t m, const Id* y, int64_t n, uint32_t substitution) {
+  static std::vector<uint32_t> table;
+  if (static_cast<int64_t>(table.size()) < (m + 1) * (n + 1)) table.resize((m + 1) * (n + 1));
+  uint32_t* d = table.data();
+  for (int64_t j = 0; j <= n; ++j) d[j] = static_cast<uint32_t>(j);
+  for (int64_t i = 1; i <= m; ++i) {
+    uint32_t* row = d + i * (n + 1);
+    const uint32_t* above = row - (n + 1);
+    row[0] = static_cast<uint32_t>(i);
+    for (int64_t j = 1; j <= n; ++j) {
+      row[j] = std::min({above[j] + 1, row[j - 1] + 1, above[j - 1] + (x[i - 1] == y[j - 1] ? 0 : substitution)});
+    }
+  }
+  return d;
+}
+
+template <class Id>
+int64_t length_of(const Id* row, int64_t width) {
+  return std::find(row, row + width, static_cast<Id>(kPad)) - row;
+}
+
 // "insert, else delete, else keep" from the end, on the matrix of distances.
 template <class Id>
 void label_by_matrix(Labels<Id>& labels, bool source_slots) {
@@ -88,24 +113,16 @@ void label_by_matrix(Labels<Id>& labels, bool source_slots) {
   for (int64_t b = 0; b < pairs.rows; ++b) {
     const Id* x = pairs.tokens.data() + b * pairs.width;
     const Id* y = pairs.target.data() + b * pairs.target_width;
-    const int64_t m = std::find(x, x + pairs.width, kPad) - x, n = std::find(y, y + pairs.target_width, kPad) - y;
-    std::vector<std::vector<int64_t>> d(m + 1, std::vector<int64_t>(n + 1));
-    for (int64_t i = 0; i <= m; ++i) {
-      for (int64_t j = 0; j <= n; ++j) {
-        if (i == 0 || j == 0) {
-          d[i][j] = i + j;
-        } else {
-          d[i][j] = x[i - 1] == y[j - 1] ? d[i - 1][j - 1] : 1 + std::min(d[i - 1][j], d[i][j - 1]);
-        }
-      }
-    }
-    labels.distance[b] = d[m][n];
-    int64_t kept = (m + n - d[m][n]) / 2;
+    const int64_t m = length_of(x, pairs.width), n = length_of(y, pairs.target_width);
+    const uint32_t* d = distances(x, m, y, n, 2);
+    auto at = [&](int64_t i, int64_t j) { return d[i * (n + 1) + j]; };
+    labels.distance[b] = at(m, n);
+    int64_t kept = (m + n - at(m, n)) / 2;
     for (int64_t i = m, j = n; i > 0 || j > 0;) {
-      if (j > 0 && d[i][j - 1] < d[i][j]) {
+      if (j > 0 && at(i, j - 1) < at(i, j)) {
         ++labels.insert[b * (pairs.width - 1) + (source_slots ? i : kept) - 1];
         labels.masked[b * pairs.target_width + --j] = true;
-      } else if (i > 0 && d[i - 1][j] < d[i][j]) {
+      } else if (i > 0 && at(i - 1, j) < at(i, j)) {
         labels.delete_labels[b * pairs.width + --i] = true;
       } else {
         --i, --j, --kept;
@@ -114,9 +131,85 @@ void label_by_matrix(Labels<Id>& labels, bool source_slots) {
   }
 }
 
+// Kept tokens and, in each slot, the next missing tokens of the target: what the labels make of a row.
+template <class Id>
+bool labels_give_target(const Labels<Id>& labels, int64_t b, bool source_slots) {
+  const Pairs<Id>& pairs = labels.pairs;
+  const Id* x = pairs.tokens.data() + b * pairs.width;
+  const Id* y = pairs.target.data() + b * pairs.target_width;
+  const int64_t m = length_of(x, pairs.width), n = length_of(y, pairs.target_width);
+  int64_t written = 0, slot = 0, edits = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const bool deleted = labels.delete_labels[b * pairs.width + i];
+    edits += deleted;
+    if (!deleted && (written >= n || y[written++] != x[i] || labels.masked[b * pairs.target_width + written - 1])) {
+      return false;
+    }
+    if (deleted && !source_slots) continue;
+    if (slot >= pairs.width - 1) continue;
+    for (int64_t k = labels.insert[b * (pairs.width - 1) + slot++]; k > 0; --k, ++edits) {
+      if (written >= n || !labels.masked[b * pairs.target_width + written++]) return false;
+    }
+  }
+  return written == n && edits == labels.distance[b];
+}
+
+template <class Id>
+struct Alignment {
+  explicit Alignment(const Pairs<Id>& pairs)
+      : pairs(pairs),
+        tokens(pairs.rows * (pairs.width + pairs.target_width), -7),
+        target(tokens.size(), -7),
+        lengths(pairs.rows, -7),
+        distance(pairs.rows, -7) {}
+  AlignmentArguments<Id> arguments() {
+    return {pairs.tokens.data(), pairs.target.data(), pairs.width,    pairs.target_width, kPad, kMask,
+            tokens.data(),       target.data(),       lengths.data(), distance.data()};
+  }
+  bool operator==(const Alignment& other) const {
+    return tokens == other.tokens && target == other.target && lengths == other.lengths && distance == other.distance;
+  }
+  const Pairs<Id>& pairs;
+  std::vector<Id> tokens, target;
+  std::vector<int64_t> lengths, distance;
+};
+
+// "pair, else delete, else insert" from the end, on the matrix of unit-cost distances.
+template <class Id>
+void align_by_matrix(Alignment<Id>& alignment) {
+  const Pairs<Id>& pairs = alignment.pairs;
+  const int64_t out_width = pairs.width + pairs.target_width;
+  std::fill(alignment.tokens.begin(), alignment.tokens.end(), static_cast<Id>(kPad));
+  std::fill(alignment.target.begin(), alignment.target.end(), static_cast<Id>(kPad));
+  for (int64_t b = 0; b < pairs.rows; ++b) {
+    const Id* x = pairs.tokens.data() + b * pairs.width;
+    const Id* y = pairs.target.data() + b * pairs.target_width;
+    const int64_t m = length_of(x, pairs.width), n = length_of(y, pairs.target_width);
+    const uint32_t* d = distances(x, m, y, n, 1);
+    auto at = [&](int64_t i, int64_t j) { return d[i * (n + 1) + j]; };
+    alignment.distance[b] = at(m, n);
+    std::vector<std::pair<Id, Id>> steps;
+    for (int64_t i = m, j = n; i > 0 || j > 0;) {
+      if (i > 0 && j > 0 && at(i, j) == at(i - 1, j - 1) + (x[i - 1] != y[j - 1])) {
+        --i, --j;
+        steps.push_back({x[i], y[j]});
+      } else if (i > 0 && at(i, j) == at(i - 1, j) + 1) {
+        steps.push_back({x[--i], static_cast<Id>(kMask)});
+      } else {
+        steps.push_back({static_cast<Id>(kMask), y[--j]});
+      }
+    }
+    alignment.lengths[b] = static_cast<int64_t>(steps.size());
+    for (size_t k = 0; k < steps.size(); ++k) {
+      alignment.tokens[b * out_width + k] = steps[steps.size() - 1 - k].first;
+      alignment.target[b * out_width + k] = steps[steps.size() - 1 - k].second;
+    }
+  }
+}
+
 template <class Id>
 std::vector<int64_t> warp_distance(const DistanceArguments<Id>& arguments, int64_t rows,
-                                   std::vector<uint32_t>* scratch) {
+                                   std::vector<uint32_t>* scratch) {  // rows: pairs
   std::vector<int64_t> distance(rows, -1);
   DistanceArguments<Id> emulated = arguments;
   emulated.distance = distance.data();
@@ -140,7 +233,7 @@ void compare(int64_t rows, int64_t width, int64_t target_width, int64_t alphabet
     label_by_matrix(wanted, source_slots);
     CHECK(labels == wanted);
 
-    const int64_t words = (width + 1) * ((target_width + 31) / 32);
+    const int64_t words = oracle_words(width, target_width);
     if (in_scratch) scratch.assign(rows * words, 0xDEADBEEF);
     const auto emulated_arguments = emulated.arguments(source_slots);
     warp_emulation::launch(
@@ -149,12 +242,31 @@ void compare(int64_t rows, int64_t width, int64_t target_width, int64_t alphabet
   }
   for (bool substitution : {false, true}) {
     std::vector<int64_t> distance(rows, -1);
-    const DistanceArguments<Id> arguments{pairs.tokens.data(), pairs.target.data(), width, target_width, kPad,
-                                          substitution,        distance.data()};
+    DistanceArguments<Id> arguments{pairs.tokens.data(), pairs.target.data(), width, target_width, 0, kPad,
+                                    substitution,        distance.data()};
     (void)CONDGEN_FAST_CPU_CALL(edit_distance, arguments, 0, rows);
     CHECK(substitution || distance == wanted.distance);
     CHECK(warp_distance(arguments, rows, in_scratch ? &scratch : nullptr) == distance);
+
+    std::vector<int64_t> all(rows * rows, -1);
+    arguments.others = rows;
+    arguments.distance = all.data();
+    (void)CONDGEN_FAST_CPU_CALL(edit_distance, arguments, 0, rows * rows);
+    for (int64_t b = 0; b < rows; ++b) CHECK(all[b * rows + b] == distance[b]);
+    CHECK(warp_distance(arguments, rows * rows, in_scratch ? &scratch : nullptr) == all);
   }
+
+  Alignment<Id> aligned(pairs), by_matrix(pairs), by_warp(pairs);
+  const auto arguments = aligned.arguments();
+  (void)CONDGEN_FAST_CPU_CALL(edit_alignment, arguments, 0, rows);
+  align_by_matrix(by_matrix);
+  CHECK(aligned == by_matrix);
+  const int64_t words = alignment_words(width, target_width);
+  if (in_scratch) scratch.assign(rows * words, 0xDEADBEEF);
+  const auto warp_arguments = by_warp.arguments();
+  warp_emulation::launch(rows,
+                         [&] { edit_alignment_kernel(warp_arguments, in_scratch ? scratch.data() : nullptr, words); });
+  CHECK(by_warp == by_matrix);
 }
 
 void compare_apply_edits(int64_t rows, int64_t width, int64_t out_width, int64_t seed) {
@@ -204,6 +316,92 @@ void compare_apply_edits(int64_t rows, int64_t width, int64_t out_width, int64_t
     warp_emulation::launch(rows, [&] { apply_edits_kernel(warp); });
     CHECK(emulated == wanted);
   }
+}
+
+// Labels, distances and alignments of all pairs against the matrices, which know nothing of bits.
+template <class Id>
+void check_pairs(const Pairs<Id>& pairs, bool with_alignment) {
+  Labels<Id> labels(pairs), wanted(pairs);
+  for (bool source_slots : {false, true}) {
+    std::fill_n(labels.delete_labels.get(), pairs.rows * pairs.width, true);
+    std::fill_n(labels.masked.get(), pairs.rows * pairs.target_width, true);
+    const auto arguments = labels.arguments(source_slots);
+    const BadRows bad = CONDGEN_FAST_CPU_CALL(edit_oracle, arguments, 0, pairs.rows);
+    CHECK(bad.padded_first == kNoRow && bad.padded_second == kNoRow && bad.other == kNoRow);
+    label_by_matrix(wanted, source_slots);
+    CHECK(labels == wanted);
+    for (int64_t b = 0; b < pairs.rows; ++b) CHECK(labels_give_target(labels, b, source_slots));
+  }
+  if (!with_alignment) return;
+  Alignment<Id> aligned(pairs), by_matrix(pairs);
+  const auto arguments = aligned.arguments();
+  (void)CONDGEN_FAST_CPU_CALL(edit_alignment, arguments, 0, pairs.rows);
+  align_by_matrix(by_matrix);
+  CHECK(aligned == by_matrix);
+  std::vector<int64_t> distance(pairs.rows, -1);
+  for (bool substitution : {false, true}) {
+    const DistanceArguments<Id> arguments{
+        pairs.tokens.data(), pairs.target.data(), pairs.width, pairs.target_width, 0, kPad,
+        substitution,        distance.data()};
+    (void)CONDGEN_FAST_CPU_CALL(edit_distance, arguments, 0, pairs.rows);
+    CHECK(distance == (substitution ? by_matrix.distance : wanted.distance));
+  }
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kLongestWord = 4, kRandomPairs = 20'000;
+#else
+constexpr int64_t kLongestWord = 7, kRandomPairs = 1'000'000;
+#endif
+
+// 3280 words of at most seven letters, so 10,758,400 pairs, between bos and eos.
+TEST(levenshtein_every_pair_of_short_words) {
+  std::vector<std::vector<int64_t>> words{{}};
+  for (size_t k = 0; k < words.size(); ++k) {
+    if (static_cast<int64_t>(words[k].size()) == kLongestWord) break;
+    for (int64_t letter : {10, 11, 12}) {
+      words.push_back(words[k]);
+      words.back().push_back(letter);
+    }
+  }
+  const auto count = static_cast<int64_t>(words.size()), width = kLongestWord + 2;
+  Pairs<int64_t> pairs{count, width, width, std::vector<int64_t>(count * width), std::vector<int64_t>(count * width)};
+  auto write = [&](const std::vector<int64_t>& word, int64_t* row) {
+    std::fill(row, row + width, kPad);
+    row[0] = kBos;
+    std::copy(word.begin(), word.end(), row + 1);
+    row[word.size() + 1] = kEos;
+  };
+  for (int64_t b = 0; b < count; ++b) write(words[b], pairs.target.data() + b * width);
+  for (const auto& word : words) {
+    for (int64_t b = 0; b < count; ++b) write(word, pairs.tokens.data() + b * width);
+    check_pairs(pairs, false);
+  }
+}
+
+// The fuzz target: pairs of all kinds of lengths, alphabets and ids, the same in every run; CI also runs it under
+// sanitizers.
+TEST(levenshtein_random_pairs) {
+  Random random(4);
+  auto check = [&](auto id) {
+    using Id = decltype(id);
+    const int64_t kind = below(random, 40);
+    const int64_t most = kind < 30 ? 24 : kind < 36 ? 70 : kind < 39 ? 140 : 300;
+    const int64_t rows = std::max<int64_t>(1, 4000 / (most * most) * 8 + below(random, 9));
+    const int64_t alphabet = std::vector<int64_t>{1, 2, 3, 10, 1000}[below(random, 5)];
+    Pairs<Id> pairs = random_pairs<Id>(random, rows, 2 + below(random, most), 2 + below(random, most), alphabet);
+    const int64_t spread = below(random, 4);  // ids of 16, 32 and 64 bits, and negative ones
+    for (auto* side : {&pairs.tokens, &pairs.target}) {
+      for (Id& token : *side) {
+        if (token < 10 || spread == 0) continue;
+        token = static_cast<Id>(spread == 1 ? token * 70001 : spread == 2 ? -token : (int64_t{token} << 40) + 7);
+        if (token == kPad) token = 5;
+      }
+    }
+    check_pairs(pairs, true);
+    return rows;
+  };
+  for (int64_t done = 0; done < kRandomPairs;) done += below(random, 2) == 0 ? check(int64_t{}) : check(int32_t{});
 }
 
 TEST(levenshtein_kernels_agree) {

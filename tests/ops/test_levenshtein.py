@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Indel, Levenshtein
 
-from condgen_fast.ops.levenshtein import apply_edits, edit_distance, edit_oracle
+from condgen_fast.ops.levenshtein import apply_edits, edit_alignment, edit_distance, edit_oracle
 
 PAD, BOS, EOS, MASK = 0, 1, 2, 3
 IDS = {"pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "mask_id": MASK}
@@ -75,8 +75,8 @@ def random_pairs(count, generator):
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-def test_every_pair_up_to_length_five(device, slots):
-    words = [list(word) for n in range(6) for word in itertools.product((10, 11, 12), repeat=n)]
+def test_every_pair_up_to_length_four(device, slots):
+    words = [list(word) for n in range(5) for word in itertools.product((10, 11, 12), repeat=n)]
     pairs = list(itertools.product(words, words))
     if slots == "source":  # delete, masked and distance do not depend on slots: a third is enough for insert
         pairs = pairs[::3]
@@ -127,6 +127,81 @@ def test_long_sentences_equal_the_reference(device, alphabet, length):
     for cost in ("levenshtein", "indel"):
         reference = edit_distance(tokens, target, pad_id=PAD, cost=cost, impl="reference")
         assert torch.equal(edit_distance(tokens, target, pad_id=PAD, cost=cost), reference)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("x", "y", "columns", "distance"),
+    [
+        ("kitten", "sitting", ["kitten-", "sitting"], 3),
+        ("aab", "ab", ["aab", "-ab"], 1),  # a pair before a deletion, from the end
+        ("ab", "ba", ["ab", "ba"], 2),  # two substitutions, where a deletion and an insertion cost the same
+        ("abc", "c", ["abc", "--c"], 2),
+        ("bc", "abd", ["-bc", "abd"], 2),
+        ("", "ab", ["--", "ab"], 2),
+        ("ab", "", ["ab", "--"], 2),
+    ],
+)
+def test_alignments_worked_by_hand(device, impl, x, y, columns, distance):
+    gap = 99
+    tokens, target = (batch([ids(word), ids("a")], width=8, device=device) for word in (x, y))
+    found = edit_alignment(tokens, target, pad_id=PAD, gap_id=gap, impl=impl)
+    spelled = [[gap if letter == "-" else ids(letter)[0] for letter in row] for row in columns]
+    length = len(columns[0])
+    assert found.lengths.tolist() == [length, 1] and found.distance.tolist() == [distance, 0]
+    assert [found.tokens[0, :length].tolist(), found.target[0, :length].tolist()] == spelled
+    assert found.tokens.shape == found.target.shape == (2, 16)
+    assert (found.tokens[0, length:] == PAD).all() and (found.target[0, length:] == PAD).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignments_of_random_pairs(device, dtype):
+    rows, targets = random_pairs(150, random.Random(23))
+    tokens, target = (batch(side, device=device, dtype=dtype) for side in (rows, targets))
+    wanted = edit_alignment(tokens, target, pad_id=PAD, gap_id=MASK, impl="reference")
+    found = edit_alignment(tokens, target, pad_id=PAD, gap_id=MASK)
+    assert_equal(found, wanted, rows, targets)
+    assert found.distance.tolist() == [Levenshtein.distance(x, y) for x, y in zip(rows, targets, strict=True)]
+    for b, length in enumerate(found.lengths.tolist()):
+        for aligned, row in ((found.tokens, rows[b]), (found.target, targets[b])):
+            assert [token for token in aligned[b, :length].tolist() if token != MASK] == row
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("cost", ["levenshtein", "indel"])
+def test_all_pairs(device, impl, cost):
+    rows, targets = random_pairs(23, random.Random(24))
+    rows, targets = [row[:60] for row in rows], [row[:90] for row in targets[:11]]
+    a, b = batch(rows, device=device), batch(targets, device=device)
+    found = edit_distance(a, b, pad_id=PAD, cost=cost, all_pairs=True, impl=impl)
+    distance = {"levenshtein": Levenshtein, "indel": Indel}[cost].distance
+    assert found.tolist() == [[distance(x, y) for y in targets] for x in rows]
+    assert edit_distance(a[:0], b, pad_id=PAD, all_pairs=True, impl=impl).shape == (0, 11)
+    assert edit_distance(a, b[:0], pad_id=PAD, all_pairs=True, impl=impl).shape == (23, 0)
+    bad = torch.tensor([[10, 11], [10, 12], [PAD, 13]])
+    with pytest.raises(ValueError, match="b must be right-padded; got pad_id 0 before a token in row 2, position 0"):
+        edit_distance(bad[:2], bad, pad_id=PAD, all_pairs=True, impl=impl)
+
+
+@pytest.mark.parametrize("largest", [2**15, 2**16 + 5, 2**31 + 5, 2**40])
+def test_ids_of_every_size(device, largest):
+    """Ids of up to 16, 32 and 64 bits take different paths; the change comes within a batch, and at the padding."""
+    generator = random.Random(largest)
+    rows, targets = random_pairs(40, generator)
+    rows, targets = [row[:60] for row in rows], [row[:60] for row in targets]
+    for side in (rows, targets):
+        for row in side[20:]:
+            row[1:-1] = [token + largest if generator.random() < 0.9 else -token for token in row[1:-1]]
+    tokens, target = batch(rows, device=device), batch(targets, device=device)
+    for pad in (PAD, -5, largest * 2):
+        x, y = (side.masked_fill(side == PAD, pad) for side in (tokens, target))
+        x, y = (torch.nn.functional.pad(side, (0, 1), value=pad) for side in (x, y))
+        for side, whole in ((x, rows), (y, targets)):  # so that every insertion has a slot
+            side[torch.arange(40), [len(row) for row in whole]] = 7
+        wanted = edit_oracle(x, y, pad_id=pad, slots="source", impl="reference")
+        assert_equal(edit_oracle(x, y, pad_id=pad, slots="source"), wanted, rows, targets)
+        found = edit_distance(x, y, pad_id=pad)
+        assert torch.equal(found, edit_distance(x, y, pad_id=pad, impl="reference"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -270,6 +345,14 @@ def test_messages():
         (ValueError, "slots must be 'kept' or 'source'; got 'all'", lambda: edit_oracle(x, x, pad_id=0, slots="all")),
         (ValueError, "cost must be 'levenshtein' or 'indel'; got 'x'", lambda: edit_distance(x, x, pad_id=0, cost="x")),
         (ValueError, "impl must be 'auto' or 'reference'; got 'x'", lambda: edit_oracle(x, x, pad_id=0, impl="x")),
+        (TypeError, "all_pairs must be a bool; got int", lambda: edit_distance(x, x, pad_id=0, all_pairs=1)),
+        (ValueError, "gap_id must differ from pad_id; got 0 .*", lambda: edit_alignment(x, x, pad_id=0, gap_id=0)),
+        (ValueError, "gap_id must be in .*", lambda: edit_alignment(x.int(), x.int(), pad_id=0, gap_id=2**31)),
+        (
+            ValueError,
+            r"carried\[1\] must have shape \[B, S, ...\] with B=1, S=3 on cpu; got \[1, 2\] on cpu",
+            lambda: apply_edits(x, carried=(x, x[:, :2]), **IDS),
+        ),
         (TypeError, "pad_id must be an int; got float", lambda: edit_distance(x, x, pad_id=0.0)),
         (ValueError, "delete must be bool; got int64", lambda: apply_edits(x, delete=x, **IDS)),
         (ValueError, r"delete must have .*; got \[1, 2\]", lambda: apply_edits(x, delete=x[:, :2].bool(), **IDS)),
@@ -295,84 +378,6 @@ def test_messages():
             call()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_negative_counts_are_refused(impl):
-    tokens = batch([sentence([10]), sentence([10, 11])])
-    insert = torch.tensor([[0, 0, -5], [0, -2, 0]])  # the -5 stands behind the last token
-    with pytest.raises(ValueError, match="^insert must not be negative; got -2 in row 1, slot 1$"):
-        apply_edits(tokens, insert=insert, **IDS, impl=impl)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_edits_step_by_step(device, impl, dtype):
-    tokens = batch([[BOS, 10, 11, 12, EOS], [BOS, EOS]], device=device, dtype=dtype)
-    scores = torch.tensor([[0.0, -1, -2, -3, 0], [0, 0, 9, 9, 9]], device=device)
-    delete = torch.tensor([[True, False, True, False, True], [True, True, True, True, True]], device=device)
-    shorter = apply_edits(tokens, delete=delete, scores=scores, **IDS, impl=impl)
-    assert shorter.tokens.tolist() == [[BOS, 10, 12, EOS, PAD], [BOS, EOS, PAD, PAD, PAD]]
-    assert shorter.tokens.dtype == dtype
-    assert shorter.scores.tolist() == [[0, -1, -3, 0, 0], [0, 0, 0, 0, 0]]
-    assert shorter.lengths.tolist() == [4, 2]
-    assert shorter.origin.tolist() == [[0, 1, 3, 4, -1], [0, 1, -1, -1, -1]]
-
-    insert = torch.tensor([[0, 2, 0, 7], [1, 7, 7, 7]], device=device)  # the sevens stand behind eos
-    longer = apply_edits(shorter.tokens, insert=insert, scores=shorter.scores, **IDS, impl=impl)
-    assert longer.tokens.tolist() == [[BOS, 10, MASK, MASK, 12, EOS], [BOS, MASK, EOS, PAD, PAD, PAD]]
-    assert longer.scores.tolist() == [[0, -1, 0, 0, -3, 0], [0, 0, 0, 0, 0, 0]]
-    assert longer.lengths.tolist() == [6, 3]
-    assert longer.origin.tolist() == [[0, 1, -1, -1, 2, 3], [0, -1, 1, -1, -1, -1]]
-
-    fill = torch.arange(20, 32, device=device, dtype=dtype).reshape(2, 6)
-    full = apply_edits(longer.tokens, fill=fill, **IDS, impl=impl)
-    assert full.tokens.tolist() == [[BOS, 10, 22, 23, 12, EOS], [BOS, 27, EOS, PAD, PAD, PAD]]
-    assert full.scores is None
-
-    at_once = apply_edits(tokens, delete=delete, insert=insert, fill=fill, scores=scores, **IDS, impl=impl)
-    assert torch.equal(at_once.tokens, full.tokens)
-    assert torch.equal(at_once.scores, longer.scores)
-    unchanged = apply_edits(full.tokens, **IDS, impl=impl)
-    assert torch.equal(unchanged.tokens, full.tokens)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_apply_edits_never_exceeds_max_length(device, impl):
-    tokens = batch([[BOS, 10, 11, EOS], [BOS, EOS]], device=device)
-    insert = torch.tensor([[1, 5, 5], [2**62, 0, 0]], device=device)
-    for max_length, wanted in {
-        7: [[BOS, MASK, 10, MASK, MASK, 11, EOS], [BOS, *[MASK] * 5, EOS]],
-        5: [[BOS, MASK, 10, 11, EOS], [BOS, *[MASK] * 3, EOS]],
-        4: [[BOS, 10, 11, EOS], [BOS, MASK, MASK, EOS]],
-        3: [[BOS, 10, EOS], [BOS, MASK, EOS]],
-        2: [[BOS, EOS], [BOS, EOS]],
-    }.items():
-        result = apply_edits(tokens, insert=insert, max_length=max_length, **IDS, impl=impl)
-        assert result.tokens.tolist() == wanted
-        assert result.lengths.tolist() == [max_length] * 2
-    assert apply_edits(tokens, insert=insert.clamp(max=1), max_length=9, **IDS, impl=impl).tokens.shape == (2, 9)
-    assert apply_edits(tokens, max_length=3, **IDS, impl=impl).tokens.tolist() == [[BOS, 10, EOS], [BOS, EOS, PAD]]
-    assert apply_edits(tokens, max_length=9, **IDS, impl=impl).tokens.tolist() == tokens.tolist()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_random_edits_equal_the_reference(device, dtype):
-    generator = torch.Generator().manual_seed(4)
-    for max_length in (None, 2, 6, 40, 300):
-        lengths = torch.randint(0, 80, (40,), generator=generator)
-        tokens = torch.randint(1, 6, (40, 80), generator=generator)
-        tokens = torch.where(torch.arange(80) < lengths[:, None], tokens, PAD).to(device)
-        delete = (torch.rand(40, 80, generator=generator) < 0.4).to(device)
-        insert = torch.randint(0, 4, (40, 79), generator=generator).to(device)
-        scores = torch.randn(40, 80, generator=generator).to(dtype).to(device)
-        for edits in ({"delete": delete}, {"insert": insert}, {"delete": delete, "insert": insert}, {}):
-            options = {**edits, **IDS, "max_length": max_length, "scores": scores}
-            width = apply_edits(tokens, **options, impl="reference").tokens.shape[1]
-            options["fill"] = torch.randint(100, 200, (40, width), generator=generator).to(device)
-            found, wanted = apply_edits(tokens, **options), apply_edits(tokens, **options, impl="reference")
-            for field, value, reference in zip(found._fields, found, wanted, strict=True):
-                assert value.dtype == reference.dtype and torch.equal(value, reference), field
-
-
 def test_threads_do_not_change_the_result():
     rows, targets = random_pairs(600, random.Random(22))
     tokens, target = batch(rows), batch(targets)
@@ -394,7 +399,11 @@ def test_opcheck(device):
     ops = torch.ops.condgen_fast
     labels = edit_oracle(tokens, target, pad_id=PAD)
     torch.library.opcheck(ops.edit_oracle.default, (tokens, target, PAD, False))
-    torch.library.opcheck(ops.edit_distance.default, (tokens, target, PAD, True))
+    torch.library.opcheck(ops.edit_alignment.default, (tokens, target, PAD, MASK))
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    torch.library.opcheck(ops.random_noise.default, (tokens, seed, 1, PAD, BOS, EOS, MASK, 0))
+    for all_pairs in (False, True):
+        torch.library.opcheck(ops.edit_distance.default, (tokens, target, PAD, True, all_pairs))
     for scores in (None, tokens.float()):
         arguments = (tokens, labels.delete, labels.insert, None, scores, PAD, BOS, EOS, MASK, 6)
         torch.library.opcheck(ops.apply_edits.default, arguments)
@@ -407,7 +416,8 @@ def test_compiles_without_graph_breaks(device):
             tokens, delete=labels.delete, insert=labels.insert, scores=scores, max_length=target.shape[1], **IDS
         )
         filled = apply_edits(canvas.tokens, fill=target, **IDS)
-        return (*labels, *canvas, filled.tokens, edit_distance(tokens, target, pad_id=PAD))
+        aligned = edit_alignment(tokens, target, pad_id=PAD, gap_id=MASK)
+        return (*labels, *canvas[:4], filled.tokens, edit_distance(tokens, target, pad_id=PAD), *aligned)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for count in (20, 33):
@@ -416,4 +426,30 @@ def test_compiles_without_graph_breaks(device):
         results = compiled(tokens, target, tokens.float())
         for value, wanted in zip(results, step(tokens, target, tokens.float()), strict=True):
             assert torch.equal(value, wanted)
-        assert torch.equal(results[-2], target)
+        assert torch.equal(results[8], target)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_captures_all_of_it():
+    """Nothing waits for the host: what a capture records runs again on other contents."""
+    rows, targets = random_pairs(16, random.Random(5))
+    tokens, target = batch(rows, device="cuda"), batch(targets, device="cuda")
+
+    def step():
+        labels = edit_oracle(tokens, target, pad_id=PAD)
+        canvas = apply_edits(tokens, delete=labels.delete, insert=labels.insert, max_length=target.shape[1], **IDS)
+        alignment = edit_alignment(tokens, target, pad_id=PAD, gap_id=MASK)
+        distance = edit_distance(tokens, target, pad_id=PAD, all_pairs=True)
+        return *labels, canvas.tokens, *alignment, distance
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    tokens.copy_(tokens.roll(1, 0))
+    graph.replay()
+    for value, wanted in zip(recorded, step(), strict=True):
+        assert torch.equal(value, wanted)

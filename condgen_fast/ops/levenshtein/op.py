@@ -1,4 +1,4 @@
-"""Edit oracle, edit distance and application of edits: the public functions, their checks and their fakes."""
+"""Edit oracle, edit distance and alignment: the public functions, their checks and their fakes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from torch import Tensor
 from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number, check_tensor, check_token_ids
 from condgen_fast.ops.levenshtein import reference
-from condgen_fast.ops.levenshtein.reference import AppliedEdits, EditLabels
+from condgen_fast.ops.levenshtein.reference import EditAlignment, EditLabels
 
-__all__ = ["AppliedEdits", "EditLabels", "apply_edits", "edit_distance", "edit_oracle"]
+__all__ = ["EditAlignment", "EditLabels", "edit_alignment", "edit_distance", "edit_oracle"]
 
-_IMPLS = ("auto", "reference")
+IMPLS = ("auto", "reference")
 _SLOTS = ("kept", "source")
 _COSTS = ("levenshtein", "indel")
-_MOST_INSERTED = 2**31  # a row longer than that is a mistake, and sums of larger counts could overflow
-_SCORE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_ID_LIMITS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1}
 
 
 def edit_oracle(
@@ -57,35 +56,37 @@ def edit_oracle(
 
     Equivalent to: for every row the backtrace of ``d[i, j] = min(d[i-1, j] + 1, d[i, j-1] + 1, d[i-1, j-1] if equal)``.
     """
-    check_choice(impl, "impl", _IMPLS)
+    check_choice(impl, "impl", IMPLS)
     check_choice(slots, "slots", _SLOTS)
     _check_pair(tokens, "tokens", target, "target", pad_id)
     if impl == "reference":
         return reference.edit_oracle(tokens, target, pad_id=pad_id, slots=slots)
     _library.require(tokens.device)
-    return EditLabels(*torch.ops.condgen_fast.edit_oracle(tokens, target, pad_id, slots == "source"))
+    return EditLabels(*torch.ops.condgen_fast.edit_oracle.default(tokens, target, pad_id, slots == "source"))
 
 
 def edit_distance(
     a: Tensor,  # [B, S]
-    b: Tensor,  # [B, T]
+    b: Tensor,  # [B, T], or [C, T] with all_pairs
     *,
     pad_id: int,
     cost: str = "levenshtein",
+    all_pairs: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Count the edits that turn each row of ``a`` into that of ``b``.
+    """Count the edits that turn each row of ``a`` into that of ``b``, or into each row of ``b``.
 
     Args:
         a: [B, S] int64 or int32, right-padded.
-        b: [B, T], same dtype, right-padded.
+        b: [B, T], same dtype, right-padded; any number C of rows with ``all_pairs``.
         pad_id: the padding of both.
         cost: "levenshtein" (insert, delete, substitute cost 1; bit-parallel after Myers 1999 and Hyyrö 2003) or
             "indel" (insert and delete cost 1, substitute 2; bit-parallel LCS after Hyyrö 2004).
+        all_pairs: every row of ``a`` with every row of ``b``, not row by row.
         impl: "auto" (compiled, on the tensors' device) or "reference".
 
     Returns:
-        [B] int64.
+        [B] int64, or [B, C] with ``all_pairs``.
 
     Raises:
         ValueError: a wrong shape, dtype, device or choice; on the CPU also padding before a token.
@@ -93,120 +94,85 @@ def edit_distance(
     Equivalent to: ``torch.tensor([rapidfuzz.distance.Levenshtein.distance(x, y) for x, y in zip(a, b)])`` on lists
     without padding (``Indel.distance`` for "indel").
     """
-    check_choice(impl, "impl", _IMPLS)
+    check_choice(impl, "impl", IMPLS)
     check_choice(cost, "cost", _COSTS)
-    _check_pair(a, "a", b, "b", pad_id)
+    if not isinstance(all_pairs, bool):
+        raise TypeError(f"all_pairs must be a bool; got {type(all_pairs).__name__}")
+    _check_pair(a, "a", b, "b", pad_id, row_by_row=not all_pairs)
     if impl == "reference":
-        return reference.edit_distance(a, b, pad_id=pad_id, cost=cost)
+        return reference.edit_distance(a, b, pad_id=pad_id, cost=cost, all_pairs=all_pairs)
     _library.require(a.device)
-    return torch.ops.condgen_fast.edit_distance(a, b, pad_id, cost == "levenshtein")
+    return torch.ops.condgen_fast.edit_distance.default(a, b, pad_id, cost == "levenshtein", all_pairs)
 
 
-def apply_edits(
+def edit_alignment(
     tokens: Tensor,  # [B, S]
+    target: Tensor,  # [B, T]
     *,
-    delete: Tensor | None = None,  # [B, S]
-    insert: Tensor | None = None,  # [B, max(S - 1, 0)]
-    fill: Tensor | None = None,  # [B, W]
     pad_id: int,
-    bos_id: int,
-    eos_id: int,
-    mask_id: int,
-    max_length: int | None = None,
-    scores: Tensor | None = None,  # [B, S]
+    gap_id: int,
     impl: str = "auto",
-) -> AppliedEdits:
-    """Delete tokens, then insert placeholders, then write tokens over the placeholders; each step is optional.
+) -> EditAlignment:
+    """Align each row of ``tokens`` with that of ``target`` at the least unit-cost edit distance, gaps written out.
+
+    Insertion, deletion and substitution cost 1. Among the cheapest alignments the one that is found walking backwards
+    from the end with "pair two tokens, else delete, else insert" is taken: what Edit Flows (Havasi et al. 2025,
+    arXiv:2506.09018) train on, whose z0 and z1 are the two results and whose blank is ``gap_id``.
 
     Args:
         tokens: [B, S] int64 or int32, right-padded.
-        delete: [B, S] bool; true where a token goes. bos and eos stay wherever they stand.
-        insert: [B, max(S - 1, 0)] int64; ``insert[b, i]`` placeholders (``mask_id``) between the i-th and the next
-            token that stays, so ``slots="kept"`` of ``edit_oracle``. Counts after the last token are ignored.
-        fill: [B, W], dtype of ``tokens``, W the width of the result; read wherever the result has ``mask_id``,
-            which includes the ``mask_id`` that ``tokens`` already had.
-        pad_id, bos_id, eos_id, mask_id: ``pad_id`` differs from the other three.
-        max_length: at least 2; no row becomes longer, bos and eos counted. The placeholders furthest right give way
-            first; if the tokens that stay are too many by themselves, the first ``max_length - 1`` and the last remain.
-        scores: [B, S] float; each score moves with its token. No gradient flows through them.
+        target: [B, T], same dtype, right-padded.
+        pad_id: the padding of both and of the results.
+        gap_id: stands in ``tokens`` where a token is inserted and in ``target`` where one is deleted; differs from
+            ``pad_id`` and should be no token of either.
         impl: "auto" (compiled, on the tensors' device) or "reference".
 
     Returns:
-        AppliedEdits(tokens [B, W], scores [B, W] or None, lengths [B] int64, origin [B, W] int64). ``origin`` is the
-        place in the input a token came from, -1 on placeholders (filled ones too) and padding, so any other tensor
-        per token can follow with ``gather``. Scores are 0 where ``origin`` is -1.
-        W is S, or ``max_length`` if less, without ``insert``; with ``insert`` it is ``max_length``, and only without
-        one the longest result, for which the host has to wait for the device. ``tokens[:, :lengths.max()]`` trims.
+        EditAlignment(tokens [B, S + T], target [B, S + T], lengths [B] int64, distance [B] int64). Column by column,
+        up to ``lengths``: equal tokens are kept, unequal ones a substitution, a gap in ``tokens`` an insertion and one
+        in ``target`` a deletion.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or number; on the CPU also padding before a token and a negative
-            count in ``insert`` (taken as 0 on a GPU).
+        ValueError: a wrong shape, dtype, device or number; on the CPU also padding before a token.
 
-    Equivalent to: ``tokens[b][keep]``, then position ``i + insert[b, :i].sum()`` for the i-th token that stays and
-    ``mask_id`` between, then ``torch.where(tokens == mask_id, fill, tokens)`` (the three actions of the Levenshtein
-    Transformer, Gu et al. 2019, arXiv:1905.11006, section 3.1).
+    Memory: two bits for each cell of the S x T table of a sentence in flight (one per thread; on a GPU all).
+
+    Equivalent to: Needleman-Wunsch on every row with cost ``a != b`` for a pair and 1 for a gap.
     """
-    check_choice(impl, "impl", _IMPLS)
-    sizes = check_token_ids(tokens, "tokens", shape="B S")
-    batch, width = sizes["B"], sizes["S"]
-    for value, name in ((pad_id, "pad_id"), (bos_id, "bos_id"), (eos_id, "eos_id"), (mask_id, "mask_id")):
-        _check_id(value, name, tokens.dtype)
-        if value == pad_id and name != "pad_id":
-            raise ValueError(f"{name} must differ from pad_id; got {value} for both")
-    if max_length is not None:
-        check_number(max_length, "max_length", minimum=2, integer=True)
-    if delete is not None:
-        check_tensor(delete, "delete", shape="B S", dtypes=(torch.bool,), device=tokens.device, sizes=sizes)
-    if insert is not None:
-        slots = {"B": batch, "S-1": max(width - 1, 0)}
-        check_tensor(insert, "insert", shape="B S-1", dtypes=(torch.int64,), device=tokens.device, sizes=slots)
-    if scores is not None:
-        check_tensor(scores, "scores", shape="B S", dtypes=_SCORE_DTYPES, device=tokens.device, sizes=sizes)
-    if impl == "auto":
-        _library.require(tokens.device)
-
-    if insert is None:
-        width = width if max_length is None else min(width, max_length)
-    elif max_length is not None:
-        width = max_length
-    elif batch > 0:
-        width = _longest_result(tokens, delete, insert, pad_id, bos_id, eos_id)
-    if fill is not None:
-        wanted = {"B": batch, "W": width}
-        check_tensor(fill, "fill", shape="B W", dtypes=(tokens.dtype,), device=tokens.device, sizes=wanted)
-
+    check_choice(impl, "impl", IMPLS)
+    _check_pair(tokens, "tokens", target, "target", pad_id)
+    check_id(gap_id, "gap_id", tokens.dtype)
+    if gap_id == pad_id:
+        raise ValueError(f"gap_id must differ from pad_id; got {gap_id} for both")
     if impl == "reference":
-        return reference.apply_edits(
-            tokens, delete, insert, fill, scores,
-            pad_id=pad_id, bos_id=bos_id, eos_id=eos_id, mask_id=mask_id, width=width,
-        )  # fmt: skip
-    out = torch.ops.condgen_fast.apply_edits(
-        tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width
-    )
-    return AppliedEdits(out[0], None if scores is None else out[1], out[2], out[3])
+        return reference.edit_alignment(tokens, target, pad_id=pad_id, gap_id=gap_id)
+    _library.require(tokens.device)
+    return EditAlignment(*torch.ops.condgen_fast.edit_alignment.default(tokens, target, pad_id, gap_id))
 
 
-def _longest_result(
-    tokens: Tensor, delete: Tensor | None, insert: Tensor, pad_id: int, bos_id: int, eos_id: int
-) -> int:
-    keep = tokens != pad_id
-    if delete is not None:
-        keep &= ~delete | (tokens == bos_id) | (tokens == eos_id)
-    kept = keep.sum(1)
-    in_use = torch.arange(insert.shape[1], device=insert.device) < kept[:, None] - 1
-    longest = int((kept + (insert.clamp(0, _MOST_INSERTED) * in_use).sum(1)).max())
-    if longest > _MOST_INSERTED:
-        raise ValueError(f"insert must ask for fewer than {_MOST_INSERTED} tokens a row; got {longest}")
-    return longest
-
-
-def _check_pair(first: Tensor, first_name: str, second: Tensor, second_name: str, pad_id: int) -> None:
+def _check_pair(
+    first: Tensor, first_name: str, second: Tensor, second_name: str, pad_id: int, *, row_by_row: bool = True
+) -> None:
+    # All in one condition first: a small batch takes no longer than the checks one by one.
+    if (
+        isinstance(first, Tensor)
+        and isinstance(second, Tensor)
+        and first.dtype in _ID_LIMITS
+        and first.dtype == second.dtype
+        and first.dim() == second.dim() == 2
+        and (first.shape[0] == second.shape[0] or not row_by_row)
+        and first.device == second.device
+        and type(pad_id) is int
+        and abs(pad_id) <= _ID_LIMITS[first.dtype]
+    ):
+        return
     batch = check_token_ids(first, first_name, shape="B S")["B"]
-    check_tensor(second, second_name, shape="B T", dtypes=(first.dtype,), device=first.device, sizes={"B": batch})
-    _check_id(pad_id, "pad_id", first.dtype)
+    sizes, shape = ({"B": batch}, "B T") if row_by_row else ({}, "C T")
+    check_tensor(second, second_name, shape=shape, dtypes=(first.dtype,), device=first.device, sizes=sizes)
+    check_id(pad_id, "pad_id", first.dtype)
 
 
-def _check_id(value: int, name: str, dtype: torch.dtype) -> None:
+def check_id(value: int, name: str, dtype: torch.dtype) -> None:
     limits = torch.iinfo(dtype)
     check_number(value, name, minimum=limits.min, maximum=limits.max, integer=True)
 
@@ -223,16 +189,13 @@ def _(tokens, target, pad_id, source_slots):
 
 
 @_library.register_fake("edit_distance")
-def _(a, b, pad_id, substitution):
-    return a.new_empty((a.shape[0],), dtype=torch.int64)
+def _(a, b, pad_id, substitution, all_pairs=False):
+    return a.new_empty((a.shape[0], b.shape[0]) if all_pairs else (a.shape[0],), dtype=torch.int64)
 
 
-@_library.register_fake("apply_edits")
-def _(tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width):
-    batch = tokens.shape[0]
-    return (
-        tokens.new_empty((batch, width)),
-        tokens.new_empty((0,), dtype=torch.float32) if scores is None else scores.new_empty((batch, width)),
-        tokens.new_empty((batch,), dtype=torch.int64),
-        tokens.new_empty((batch, width), dtype=torch.int64),
-    )
+@_library.register_fake("edit_alignment")
+def _(tokens, target, pad_id, gap_id):
+    batch, width = tokens.shape
+    aligned = (batch, width + target.shape[1])
+    counts = [tokens.new_empty((batch,), dtype=torch.int64) for _ in range(2)]
+    return tokens.new_empty(aligned), tokens.new_empty(aligned), *counts

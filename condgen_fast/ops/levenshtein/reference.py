@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,16 @@ class AppliedEdits(NamedTuple):
     scores: Tensor | None  # [B, W], dtype of the input scores; 0 on inserted positions and padding
     lengths: Tensor  # [B] int64
     origin: Tensor  # [B, W] int64, where in the input a token stood; -1 on inserted positions and padding
+    carried: tuple[Tensor, ...] = ()  # [B, W, ...] each; 0 on inserted positions and padding
+
+
+class EditAlignment(NamedTuple):
+    """Rows aligned column by column, right-padded: a pair of tokens, or a token and a gap."""
+
+    tokens: Tensor  # [B, S + T], dtype of the input tokens, with gaps where tokens are inserted
+    target: Tensor  # [B, S + T], with gaps where tokens are deleted
+    lengths: Tensor  # [B] int64, columns
+    distance: Tensor  # [B] int64, insertions + deletions + substitutions
 
 
 def unpadded_rows(tokens: Tensor, pad_id: int, name: str) -> list[list[int]]:
@@ -97,19 +109,52 @@ def edit_oracle(tokens: Tensor, target: Tensor, *, pad_id: int, slots: str = "ke
     return EditLabels(*(label.to(tokens.device) for label in (delete, insert, masked, distance)))
 
 
-def edit_distance(a: Tensor, b: Tensor, *, pad_id: int, cost: str = "levenshtein") -> Tensor:
+def edit_distance(a: Tensor, b: Tensor, *, pad_id: int, cost: str = "levenshtein", all_pairs: bool = False) -> Tensor:
+    rows, others = unpadded_rows(a, pad_id, "a"), unpadded_rows(b, pad_id, "b")
     substitution = 1 if cost == "levenshtein" else 2
-    distances = []
-    for x, y in zip(unpadded_rows(a, pad_id, "a"), unpadded_rows(b, pad_id, "b"), strict=True):
-        above = list(range(len(y) + 1))
-        for i, token in enumerate(x, start=1):
-            row = [i]
-            for j, other in enumerate(y, start=1):
-                change = above[j - 1] + (0 if token == other else substitution)
-                row.append(min(change, above[j] + 1, row[j - 1] + 1))
-            above = row
-        distances.append(above[-1])
-    return torch.tensor(distances, dtype=torch.int64, device=a.device)
+    pairs = itertools.product(rows, others) if all_pairs else zip(rows, others, strict=True)
+    distances = [unit_costs(x, y, substitution)[-1][-1] for x, y in pairs]
+    shape = (len(rows), len(others)) if all_pairs else (len(rows),)
+    return torch.tensor(distances, dtype=torch.int64, device=a.device).reshape(shape)
+
+
+def unit_costs(x: list[int], y: list[int], substitution: int = 1) -> list[list[int]]:
+    """The table of distances between prefixes: cell (i, j) is that from x[:i] to y[:j]."""
+    table = [list(range(len(y) + 1))]
+    for i, token in enumerate(x, start=1):
+        row = [i]
+        for j, other in enumerate(y, start=1):
+            change = table[-1][j - 1] + (0 if token == other else substitution)
+            row.append(min(change, table[-1][j] + 1, row[j - 1] + 1))
+        table.append(row)
+    return table
+
+
+def edit_alignment(tokens: Tensor, target: Tensor, *, pad_id: int, gap_id: int) -> EditAlignment:
+    batch, width = tokens.shape[0], tokens.shape[1] + target.shape[1]
+    aligned = torch.full((2, batch, width), pad_id, dtype=tokens.dtype)
+    lengths = torch.zeros(batch, dtype=torch.int64)
+    distance = torch.zeros(batch, dtype=torch.int64)
+    rows = zip(unpadded_rows(tokens, pad_id, "tokens"), unpadded_rows(target, pad_id, "target"), strict=True)
+    for b, (x, y) in enumerate(rows):
+        table = unit_costs(x, y)
+        columns = []
+        i, j = len(x), len(y)
+        while i > 0 or j > 0:
+            if i > 0 and j > 0 and table[i][j] == table[i - 1][j - 1] + (x[i - 1] != y[j - 1]):
+                columns.append((x[i - 1], y[j - 1]))
+                i, j = i - 1, j - 1
+            elif i > 0 and table[i][j] == table[i - 1][j] + 1:
+                columns.append((x[i - 1], gap_id))
+                i -= 1
+            else:
+                columns.append((gap_id, y[j - 1]))
+                j -= 1
+        lengths[b], distance[b] = len(columns), table[-1][-1]
+        for k, column in enumerate(reversed(columns)):
+            aligned[:, b, k] = torch.tensor(column)
+    device = tokens.device
+    return EditAlignment(*aligned.to(device), lengths.to(device), distance.to(device))
 
 
 def apply_edits(
@@ -118,6 +163,7 @@ def apply_edits(
     insert: Tensor | None,
     fill: Tensor | None,
     scores: Tensor | None,
+    carried: Sequence[Tensor],
     *,
     pad_id: int,
     bos_id: int,
@@ -129,6 +175,7 @@ def apply_edits(
     batch = tokens.shape[0]
     out_tokens = torch.full((batch, width), pad_id, dtype=tokens.dtype)
     out_scores = None if scores is None else torch.zeros(batch, width, dtype=scores.dtype)
+    out_carried = tuple(values.new_zeros(batch, width, *values.shape[2:]) for values in carried)
     lengths = torch.zeros(batch, dtype=torch.int64)
     origin = torch.full((batch, width), -1, dtype=torch.int64)
     for b, row in enumerate(unpadded_rows(tokens, pad_id, "tokens")):
@@ -151,7 +198,9 @@ def apply_edits(
             origin[b, k] = i
             if out_scores is not None and i >= 0:
                 out_scores[b, k] = scores[b, i]
+            for values, moved in zip(carried, out_carried, strict=True):
+                if i >= 0:
+                    moved[b, k] = values[b, i]
     device = tokens.device
-    return AppliedEdits(
-        out_tokens.to(device), None if scores is None else out_scores.to(device), lengths.to(device), origin.to(device)
-    )
+    out_scores = None if scores is None else out_scores.to(device)
+    return AppliedEdits(out_tokens.to(device), out_scores, lengths.to(device), origin.to(device), out_carried)
