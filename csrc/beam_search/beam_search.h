@@ -1,8 +1,9 @@
-// CPU kernels of the beam_search family: first scan pieces of rows, then merge the pieces of each sentence.
+// CPU kernels of the beam_search family: first sweep the rows, then select in each sentence.
 //
-// A row is the logits of one beam. It is read in blocks of kBlock logits, each of which leaves its highest logit and
-// its sum of exponentials; the sums of a row are added up in the order of its blocks whichever thread made them, so the
-// number of threads and of pieces cannot be seen in the result.
+// A row is the logits of one beam. It is read in blocks of kBlock logits, each of which leaves its highest logit, the
+// highest of each of its kColumns columns, and its sum of exponentials. What a block leaves depends on its logits only,
+// and the sums of a row are added up in the order of its blocks, so neither the number of threads nor the rest of the
+// batch can be seen in the result.
 #pragma once
 
 #include <cstdint>
@@ -16,22 +17,16 @@ struct BFloat16;
 
 namespace condgen_fast::beam_search {
 
-constexpr int64_t kBlock = 1024;  // logits; a block is read twice, the second time from the first-level cache
+constexpr int64_t kBlock = 4096;  // logits
+constexpr int64_t kColumns = 64;  // of a block: column c are its logits c, c + 64, c + 128, ...
 
-// A token and its logit in one number: the higher logit is the greater, of equal ones the lower token.
-using Candidate = uint64_t;
-
-// How the rows that are read (those of beams that are not empty) are cut, and what the scan leaves of them.
-struct Pieces {
-  const int64_t* rows;  // [R] b * K + i
-  int64_t row_count;    // R
-  int64_t per_row;      // P pieces of a row
-  int64_t blocks;       // in a piece; the last of a row may be shorter or empty
-  int64_t kept;         // candidates of a piece, min(k, logits in a piece)
-  float* highest;       // [R, P * blocks]
-  float* sums;          // [R, P * blocks] of exp((logit - highest) / temperature)
-  Candidate* best;      // [R, P, kept] descending
-  int64_t* found;       // [R, P] how many of these there are
+// What the sweep leaves of each block.
+struct Blocks {
+  float* columns;  // [R, blocks of a row, kColumns] highest logits, -inf where there is none
+  float* highest;  // [R, blocks of a row]
+  double* sums;    // [R, blocks of a row] of 2^(logit * power_scale - shift)
+  double* shifts;  // [R, blocks of a row]
+  int64_t per_row;
 };
 
 // Logit: float, double or the device's own sixteen-bit types
@@ -46,6 +41,15 @@ struct Arguments {
   int64_t k;
   float temperature;
   float power_scale;  // log2(e) / temperature, finite so that 0 times it is 0
+  // tokens whose totals are changed; those outside [0, V) stand for none
+  const int64_t* adjusted;  // [B, K, M], the last dimension contiguous
+  const float* amounts;     // [B, K, M] with the same strides
+  int64_t adjustments;      // M
+  int64_t adjusted_sentence_stride, adjusted_beam_stride;
+  // tokens that a beam is restricted to, allowed[first[b, i]] up to allowed[last[b, i]], each once; first < 0: to none
+  const int64_t* allowed;
+  const int64_t* first;  // [B, K], null: no beam is restricted
+  const int64_t* last;   // [B, K]
   // outputs
   float* out_scores;     // [B, k]
   int64_t* out_parents;  // [B, k]
@@ -53,12 +57,12 @@ struct Arguments {
 };
 
 CONDGEN_FAST_CPU_DECLARE(
-    // Pieces [begin, end) of R * P.
+    // Blocks [begin, end) of the B * K * blocks.per_row; those of row r are written at r - first_row.
     template <class Logit>
-    void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin, int64_t end);
+    void sweep(const Arguments<Logit>& arguments, const Blocks& blocks, int64_t first_row, int64_t begin, int64_t end);
 
-    // Sentences [begin, end). row_of [B, K] is the place in `pieces.rows`, -1 for an empty beam.
-    template <class Logit> void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_t* row_of,
-                                      int64_t begin, int64_t end);)
+    // Sentences [begin, end), whose rows have been swept.
+    template <class Logit> void select(const Arguments<Logit>& arguments, const Blocks& blocks, int64_t first_row,
+                                       int64_t begin, int64_t end);)
 
 }  // namespace condgen_fast::beam_search

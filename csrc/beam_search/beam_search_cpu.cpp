@@ -1,6 +1,7 @@
 #include "beam_search.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "common/simd.h"
+#include "power_of_two.h"
 
 namespace condgen_fast::beam_search::CONDGEN_FAST_ISA {
 
@@ -19,126 +21,8 @@ using simd::Vec;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kLanes = simd::kLanes;
-constexpr int64_t kStep = 4 * kLanes;
-constexpr int64_t kColumn = kBlock / kStep;
-static_assert(kBlock % kStep == 0);
-
-Candidate candidate(float logit, int64_t token) {
-  const uint32_t bits = std::bit_cast<uint32_t>(logit + 0.0f);  // -0 and 0 are one value
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return uint64_t{ordered} << 32 | static_cast<uint32_t>(~token);
-}
-
-float logit_of(Candidate candidate) {
-  const uint32_t ordered = static_cast<uint32_t>(candidate >> 32);
-  return std::bit_cast<float>(ordered & 0x80000000u ? ordered & 0x7FFFFFFFu : ~ordered);
-}
-
-int64_t token_of(Candidate candidate) { return static_cast<uint32_t>(~candidate); }
-
-// Candidates of a piece: the best `wanted` of those added, and some more until there are too many.
-struct Best {
-  int64_t wanted;
-  std::vector<Candidate>& pool;  // at least 2 * wanted + kColumn
-  int64_t count = 0;
-  Candidate entry = 0;  // what a candidate has to exceed; 0 until `wanted` are known to
-
-  // As often as not a logit of a promising column is none to take, so this does not branch on it. `trim` has to follow
-  // within kColumn calls.
-  void add(Candidate candidate, bool take) {
-    pool[count] = candidate;
-    count += take && candidate > entry;
-  }
-
-  void trim() {
-    if (count > 2 * wanted) drop_the_rest();
-  }
-
-  // Writes the best in descending order -> how many.
-  int64_t finish(Candidate* out) {
-    if (count > wanted) drop_the_rest();
-    std::sort(pool.begin(), pool.begin() + count, std::greater<>());
-    std::copy(pool.begin(), pool.begin() + count, out);
-    return count;
-  }
-
- private:
-  void drop_the_rest() {
-    std::nth_element(pool.begin(), pool.begin() + wanted - 1, pool.begin() + count, std::greater<>());
-    count = wanted;
-    entry = pool[wanted - 1];
-  }
-};
-
-// `count` logits as floats, followed by -inf up to a multiple of kStep: where they are, or in `buffer` [kBlock].
-template <class Logit>
-const float* as_floats(const Logit* logits, int64_t count, float* buffer) {
-  if constexpr (std::is_same_v<Logit, float>) {
-    if (count % kStep == 0) return logits;
-  }
-  if constexpr (std::is_same_v<Logit, double>) {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<float>(logits[i]);
-  } else {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) simd::store(buffer + i, simd::load(logits + i));
-    for (; i < count; ++i) buffer[i] = simd::to_float(logits[i]);
-  }
-  const int64_t end = (count + kStep - 1) / kStep * kStep;
-  std::fill(buffer + count, buffer + end, -kInfinity);
-  return buffer;
-}
-
-// Column c of a block: logits c, c + kStep, c + 2 kStep, ... Their highest go to `columns` [kStep], and to `overall`
-// [kStep] where they exceed it; the block's highest is returned.
-float highest(const float* x, int64_t count, float* columns, float* overall) {
-  Vec high[4];
-  for (Vec& part : high) part = Vec(-kInfinity);
-  for (int64_t i = 0; i < count; i += kStep) {
-    for (int j = 0; j < 4; ++j) high[j] = max(simd::load(x + i + j * kLanes), high[j]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    simd::store(columns + j * kLanes, high[j]);
-    simd::store(overall + j * kLanes, max(high[j], simd::load(overall + j * kLanes)));
-  }
-  return reduce_max(max(max(high[0], high[1]), max(high[2], high[3])));
-}
-
-// 2^x for x <= 0, and for NaN as for the lowest x: relative error 1.6e-7 down to 2^-126, which is as low as it gets;
-// sums of 1 or more do not feel the difference. simd::exp would take twice the instructions.
-Vec power_of_two(Vec x) {
-  x = max(x, Vec(-126.0f));
-  const Vec shift(0x1.8p23f);  // adding it rounds to an integer, which is then in the low bits
-  const Vec shifted = x + shift;
-  const Vec f = x - (shifted - shift);
-  Vec p(0.00132647261f);  // minimax on [-0.5, 0.5]
-  p = fma(p, f, Vec(0.00967151299f));
-  p = fma(p, f, Vec(0.0555073358f));
-  p = fma(p, f, Vec(0.240222424f));
-  p = fma(p, f, Vec(0.693147004f));
-  p = fma(p, f, Vec(1.0f));
-  const simd::Words exponent = reinterpret_cast<simd::Words>(shifted.raw) << 23;
-  return reinterpret_cast<simd::Floats>(reinterpret_cast<simd::Words>(p.raw) + exponent);
-}
-
-// of 2^((x - highest) * scale)
-float sum_of_powers(const float* x, int64_t count, float highest, float scale) {
-  const Vec top(highest), factor(scale);
-  Vec sums[4];
-  for (Vec& part : sums) part = Vec(0.0f);
-  for (int64_t i = 0; i < count; i += kStep) {
-    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + power_of_two((simd::load(x + i + j * kLanes) - top) * factor);
-  }
-  return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// The k-th highest of `columns`, the highest of each: at least k logits are no lower. -inf if there are fewer columns.
-float lower_bound_of_kth(const float* columns, int64_t k) {
-  if (k > kStep) return -kInfinity;
-  float sorted[kStep];
-  std::copy(columns, columns + kStep, sorted);
-  std::nth_element(sorted, sorted + k - 1, sorted + kStep, std::greater<>());
-  return sorted[k - 1];
-}
+static_assert(kColumns % (4 * kLanes) == 0 && kBlock % kColumns == 0);
+constexpr float kMostAbove = 64;  // powers of two; the sum of a block stays within float32
 
 float value_of(float logit) { return logit; }
 float value_of(double logit) { return static_cast<float>(logit); }
@@ -147,155 +31,361 @@ float value_of(Logit logit) {
   return simd::to_float(logit);
 }
 
-// Takes the logits of a block that are no lower than `least`, which is above -inf, looking only into columns that have
-// such.
 template <class Logit>
-void collect(const Logit* logits, int64_t count, const float* columns, float least, int64_t first_token, Best& best) {
-  for (int64_t group = 0; group < kStep; group += kLanes) {
-    uint32_t hits = bits(simd::load(columns + group) >= Vec(least));
-    for (; hits != 0; hits &= hits - 1) {
-      for (int64_t i = group + std::countr_zero(hits); i < count; i += kStep) {
-        const float value = value_of(logits[i]);
-        best.add(candidate(value, first_token + i), value >= least);
-      }
-      best.trim();
-    }
+Vec load(const Logit* from) {
+  if constexpr (std::is_same_v<Logit, double>) {
+    float values[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(from[i]);
+    return simd::load(values);
+  } else {
+    return simd::load(from);
   }
 }
 
-// Appends logits of -inf or NaN, which `collect` never takes, to too few others -> how many there are then.
 template <class Logit>
-int64_t fill_up(const Logit* row, int64_t begin, int64_t end, Candidate* best, int64_t count, int64_t wanted) {
-  for (int64_t token = begin; token < end && count < wanted; ++token) {
-    if (!(value_of(row[token]) > -kInfinity)) best[count++] = candidate(-kInfinity, token);
+Vec load_first(const Logit* from, int64_t count) {
+  float values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = i < count ? value_of(from[i]) : -kInfinity;
+  return simd::load(values);
+}
+
+// Asks for the logits that are read next but some: the processor by itself asks for too few of a row that is not in its
+// own cache (0.65 of the time where it is in the shared one).
+template <class Logit>
+void prefetch_after(const Logit* x) {
+  constexpr int64_t kBytesAhead = 8192;
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + kBytesAhead);
+}
+
+template <class Logit>
+float highest_of(const Logit* x, int64_t count) {
+  Vec high(-kInfinity);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) high = max(load(x + i), high);
+  if (i < count) high = max(load_first(x + i, count - i), high);
+  return reduce_max(high);
+}
+
+// The highest of each column, and the sum of powers.
+template <bool kFused, class Logit>
+float sweep_block(const Logit* x, int64_t count, const PowerOfTwo& power, float* columns) {
+  constexpr int64_t kVectors = kColumns / kLanes, kSums = 4;
+  Vec high[kVectors], sums[kSums];
+  for (Vec& each : high) each = Vec(-kInfinity);
+  for (Vec& each : sums) each = Vec(0.0f);
+  int64_t i = 0;
+  for (; i + kColumns <= count; i += kColumns) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kVectors; ++j) {
+      prefetch_after(x + i + j * kLanes);
+      const Vec value = load(x + i + j * kLanes);
+      high[j] = max(value, high[j]);
+      sums[j % kSums] = power.add<kFused>(value, sums[j % kSums]);
+    }
   }
-  return count;
+  for (int64_t j = 0; i < count; ++j, i += kLanes) {
+    const Vec value = i + kLanes <= count ? load(x + i) : load_first(x + i, count - i);
+    high[j] = max(value, high[j]);
+    sums[j % kSums] = power.add<kFused>(value, sums[j % kSums]);
+  }
+  for (int64_t j = 0; j < kVectors; ++j) simd::store(columns + j * kLanes, high[j]);
+  return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The first logit that is a number, 0 if there is none.
+template <class Logit>
+float first_number(const Logit* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = value_of(x[i]);
+    if (std::abs(value) < kInfinity) return value;
+  }
+  return 0.0f;
 }
 
 }  // namespace
 
 template <class Logit>
-void scan(const Arguments<Logit>& arguments, const Pieces& pieces, int64_t begin, int64_t end) {
-  alignas(64) float buffer[kBlock], overall[kStep];
-  std::vector<float> columns(pieces.blocks * kStep);
-  std::vector<Candidate> pool(2 * pieces.kept + kColumn);
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t row = pieces.rows[piece / pieces.per_row];
-    const Logit* logits = arguments.logits + row / arguments.beams * arguments.sentence_stride +
-                          row % arguments.beams * arguments.beam_stride;
-    const int64_t piece_begin = piece % pieces.per_row * pieces.blocks * kBlock;
-    const int64_t piece_end = std::min(piece_begin + pieces.blocks * kBlock, arguments.vocab);
-    float* highest_of = pieces.highest + piece * pieces.blocks;
-    float* sum_of = pieces.sums + piece * pieces.blocks;
-    std::fill(overall, overall + kStep, -kInfinity);
-    for (int64_t block = 0; block < pieces.blocks; ++block) {
-      const int64_t first = piece_begin + block * kBlock;
-      const int64_t count = std::min(kBlock, piece_end - first);
-      highest_of[block] = -kInfinity;
-      sum_of[block] = 0.0f;
-      if (count <= 0) continue;
-      const float* x = as_floats(logits + first, count, buffer);
-      const int64_t padded = (count + kStep - 1) / kStep * kStep;
-      highest_of[block] = highest(x, padded, columns.data() + block * kStep, overall);
-      if (std::abs(highest_of[block]) < kInfinity) {
-        sum_of[block] = sum_of_powers(x, padded, highest_of[block], arguments.power_scale);
+void sweep(const Arguments<Logit>& arguments, const Blocks& blocks, int64_t first_row, int64_t begin, int64_t end) {
+  const float scale = arguments.power_scale;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit / blocks.per_row, block = unit % blocks.per_row;
+    if (!std::isfinite(arguments.scores[row])) continue;
+    const int64_t b = row / arguments.beams, i = row % arguments.beams;
+    const int64_t from = block * kBlock, count = std::min(kBlock, arguments.vocab - from);
+    const Logit* x = arguments.logits + b * arguments.sentence_stride + i * arguments.beam_stride + from;
+    const int64_t place = (row - first_row) * blocks.per_row + block;
+    float* columns = blocks.columns + place * kColumns;
+    // The powers are of what a logit stands above any one of them, so there is one sweep. Where the highest stands too
+    // far above it to be added up, the block is swept again.
+    float origin = first_number(x, count), highest = 0.0f;
+    double sum = 0.0, shift = 0.0;
+    for (bool again = true; again;) {
+      if (PowerOfTwo::can_fuse(origin, scale)) {
+        const PowerOfTwo power = PowerOfTwo::fused(origin, scale);
+        sum = sweep_block<true>(x, count, power, columns);
+        shift = power.shift();
+      } else {
+        const PowerOfTwo power = PowerOfTwo::plain(origin, scale);
+        sum = sweep_block<false>(x, count, power, columns);
+        shift = power.shift();
       }
+      highest = highest_of(columns, kColumns);
+      again = std::abs(highest) < kInfinity && (static_cast<double>(highest) - origin) * scale > kMostAbove;
+      if (again) origin = highest;
     }
-
-    // Now that k logits are known to reach `bound`, few blocks have anything for the k best.
-    Best best{std::min(pieces.kept, piece_end - piece_begin), pool};
-    const float bound = std::max(lower_bound_of_kth(overall, best.wanted), kLowest);
-    for (int64_t block = 0; block < pieces.blocks; ++block) {
-      const float least = best.entry == 0 ? bound : std::max(bound, std::nextafter(logit_of(best.entry), kInfinity));
-      if (!(highest_of[block] >= least)) continue;
-      const int64_t first = piece_begin + block * kBlock;
-      collect(logits + first, std::min(kBlock, piece_end - first), columns.data() + block * kStep, least, first, best);
-    }
-    Candidate* out = pieces.best + piece * pieces.kept;
-    const int64_t found = best.finish(out);
-    pieces.found[piece] = fill_up(logits, piece_begin, piece_end, out, found, best.wanted);
+    blocks.highest[place] = highest;
+    blocks.shifts[place] = shift;
+    blocks.sums[place] = std::abs(highest) < kInfinity ? sum : 0.0;
   }
 }
 
 namespace {
 
-// What a row amounts to when all its pieces are in.
+// A row when all its blocks are in.
 struct Row {
-  const Candidate* best;  // null: an empty beam, whose candidates are tokens in order
-  float score, highest, log_sum;
+  bool alive;
+  float score, top, log_sum;
 
-  float total(int64_t place, float temperature) const {
-    if (best == nullptr) return -kInfinity;
-    return score + ((logit_of(best[place]) - highest) / temperature - log_sum);
+  float total(float logit, float temperature) const { return score + ((logit - top) / temperature - log_sum); }
+  Vec total(Vec logits, float temperature) const {
+    return Vec(score) + ((logits - Vec(top)) / Vec(temperature) - Vec(log_sum));
   }
 };
 
-Row finish_row(const Pieces& pieces, int64_t row, float score, float scale, int64_t wanted) {
-  const int64_t blocks = pieces.per_row * pieces.blocks;
-  const float* highest_of = pieces.highest + row * blocks;
-  const float* sum_of = pieces.sums + row * blocks;
-  const float top = *std::max_element(highest_of, highest_of + blocks);
-  if (!(std::abs(top) < kInfinity)) return {nullptr, -kInfinity, top, 0.0f};
-  double sum = 0.0;
-  for (int64_t first = 0; first < blocks; first += kLanes) {
-    const int64_t count = std::min(kLanes, blocks - first);
-    const Vec below = simd::load_first(highest_of + first, count, -kInfinity) - Vec(top);
-    const Vec powers = power_of_two(below * Vec(scale));
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(sum_of[first + i]) * powers[i];
-  }
-  Candidate* best = pieces.best + row * pieces.per_row * pieces.kept;
-  if (pieces.per_row > 1) {
-    int64_t count = 0;
-    for (int64_t p = 0; p < pieces.per_row; ++p) {
-      const Candidate* from = pieces.best + (row * pieces.per_row + p) * pieces.kept;
-      std::copy(from, from + pieces.found[row * pieces.per_row + p], best + count);
-      count += pieces.found[row * pieces.per_row + p];
-    }
-    std::partial_sort(best, best + wanted, best + count, std::greater<>());
-  }
-  return {best, score, top, static_cast<float>(std::log(sum))};
+// 2^n for -1022 <= n <= 1023
+double integer_power(double n) {
+  return std::bit_cast<double>(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
 }
+
+Row finish_row(const Blocks& blocks, int64_t place, float score, float scale) {
+  const float top = highest_of(blocks.highest + place * blocks.per_row, blocks.per_row);
+  if (!(std::abs(top) < kInfinity)) return {false, score, top, 0.0f};
+  const double exponent = static_cast<double>(top) * scale, origin = std::floor(exponent);
+  double sum = 0.0;
+  for (int64_t block = place * blocks.per_row; block < (place + 1) * blocks.per_row; ++block) {
+    const double above = blocks.shifts[block] - origin;
+    if (above < -1000 || blocks.sums[block] == 0) continue;
+    sum += blocks.sums[block] * (above == std::floor(above) ? integer_power(above) : std::exp2(above));
+  }
+  constexpr double kLogOfTwo = 0.69314718055994531;
+  return {true, score, top, static_cast<float>(std::log(sum) - (exponent - origin) * kLogOfTwo)};
+}
+
+struct Candidate {
+  float total, logit;
+  int32_t parent, token;
+
+  bool before(const Candidate& other) const {
+    if (total != other.total) return total > other.total;
+    if (parent != other.parent) return parent < other.parent;
+    if (logit != other.logit) return logit > other.logit;
+    return token < other.token;
+  }
+};
+
+bool before(const Candidate& a, const Candidate& b) { return a.before(b); }
+
+// The best `wanted` of the candidates added, and some more until there are too many.
+class Best {
+ public:
+  Best(int64_t wanted, std::vector<Candidate>& pool) : wanted_(wanted), pool_(pool) { pool_.clear(); }
+
+  // No candidate below it is among the best.
+  float bound = kLowest;
+
+  void add(const Candidate& candidate) {
+    pool_.push_back(candidate);
+    if (static_cast<int64_t>(pool_.size()) >= 2 * wanted_ + kSpare) drop_the_rest();
+  }
+
+  int64_t finish() {
+    if (static_cast<int64_t>(pool_.size()) > wanted_) drop_the_rest();
+    std::sort(pool_.begin(), pool_.end(), before);
+    return static_cast<int64_t>(pool_.size());
+  }
+
+ private:
+  static constexpr int64_t kSpare = 64;
+  const int64_t wanted_;
+  std::vector<Candidate>& pool_;
+
+  void drop_the_rest() {
+    std::nth_element(pool_.begin(), pool_.begin() + wanted_ - 1, pool_.end(), before);
+    pool_.resize(wanted_);
+    bound = std::max(bound, pool_.back().total);
+  }
+};
+
+// One sentence: its rows, and what each of them may be continued with.
+template <class Logit>
+class Sentence {
+ public:
+  Sentence(const Arguments<Logit>& arguments, const Blocks& blocks, int64_t b, int64_t first_row,
+           std::vector<Row>& rows)
+      : arguments_(arguments), blocks_(blocks), b_(b), first_place_(b * arguments.beams - first_row), rows_(rows) {
+    for (int64_t i = 0; i < arguments.beams; ++i) {
+      const float score = arguments.scores[b * arguments.beams + i];
+      rows_[i] = std::isfinite(score) && arguments.vocab > 0
+                     ? finish_row(blocks, first_place_ + i, score, arguments.power_scale)
+                     : Row{false, score, 0.0f, 0.0f};
+    }
+  }
+
+  // A total that at least `wanted` continuations reach, from the totals of the columns' highest logits; -inf: unknown.
+  float bound(int64_t wanted, std::vector<float>& bins) const {
+    for (int64_t i = 0; i < arguments_.beams; ++i) {
+      const int64_t* tokens = adjusted(i);
+      for (int64_t j = 0; j < arguments_.adjustments && rows_[i].alive; ++j) wanted += is_token(tokens[j]);
+    }
+    // Bins are columns of all blocks of some rows. Four for each wanted make the bound a close one.
+    const int64_t groups = std::clamp<int64_t>(4 * wanted / kColumns, 1, arguments_.beams);
+    if (wanted > groups * kColumns) return finest_bound(wanted, bins);
+    bins.assign(groups * kColumns, -kInfinity);
+    for (int64_t i = 0; i < arguments_.beams; ++i) {
+      if (!rows_[i].alive || restricted(i)) continue;
+      const float* columns = blocks_.columns + (first_place_ + i) * blocks_.per_row * kColumns;
+      float* bin = bins.data() + i % groups * kColumns;
+      for (int64_t c = 0; c < kColumns; c += kLanes) {
+        Vec high = simd::load(columns + c);
+        for (int64_t block = 1; block < blocks_.per_row; ++block) {
+          high = max(simd::load(columns + block * kColumns + c), high);
+        }
+        simd::store(bin + c, max(rows_[i].total(high, arguments_.temperature), simd::load(bin + c)));
+      }
+    }
+    std::nth_element(bins.begin(), bins.begin() + wanted - 1, bins.end(), std::greater<>());
+    return bins[wanted - 1];
+  }
+
+  void collect(Best& best) const {
+    for (int64_t i = 0; i < arguments_.beams; ++i) {
+      const Row& row = rows_[i];
+      if (!row.alive) continue;
+      if (restricted(i)) {
+        for (int64_t j = first(i); j < last(i); ++j) {
+          if (is_token(arguments_.allowed[j])) add(i, arguments_.allowed[j], best);
+        }
+        continue;
+      }
+      // The lowest logit that can reach the bound, and a little less for what rounding does to the totals.
+      const double distance = static_cast<double>(best.bound) - row.score + row.log_sum;
+      const double slack = 1e-6 * (std::abs(best.bound) + std::abs(row.score) + std::abs(row.log_sum));
+      const double lowest = row.top + (distance - slack) * arguments_.temperature;
+      const float least = static_cast<float>(std::clamp<double>(lowest - 1e-6 * std::abs(lowest), kLowest, kInfinity));
+      const int64_t first_block = (first_place_ + i) * blocks_.per_row;
+      for (int64_t block = 0; block < blocks_.per_row; ++block) {
+        if (blocks_.highest[first_block + block] >= least) collect_block(i, block, least, best);
+      }
+      const int64_t* tokens = adjusted(i);
+      for (int64_t j = 0; j < arguments_.adjustments; ++j) {
+        if (is_token(tokens[j]) && !repeated(tokens, j)) add(i, tokens[j], best);
+      }
+    }
+  }
+
+ private:
+  const Arguments<Logit>& arguments_;
+  const Blocks& blocks_;
+  const int64_t b_, first_place_;  // place: row of the sentence among those that `blocks` holds
+  std::vector<Row>& rows_;
+
+  bool is_token(int64_t token) const { return token >= 0 && token < arguments_.vocab; }
+  const Logit* logits(int64_t i) const {
+    return arguments_.logits + b_ * arguments_.sentence_stride + i * arguments_.beam_stride;
+  }
+  const int64_t* adjusted(int64_t i) const {
+    return arguments_.adjusted + b_ * arguments_.adjusted_sentence_stride + i * arguments_.adjusted_beam_stride;
+  }
+  int64_t first(int64_t i) const { return arguments_.first[b_ * arguments_.beams + i]; }
+  int64_t last(int64_t i) const { return arguments_.last[b_ * arguments_.beams + i]; }
+  bool restricted(int64_t i) const { return arguments_.first != nullptr && first(i) >= 0; }
+
+  static bool repeated(const int64_t* tokens, int64_t j) {
+    return std::find(tokens, tokens + j, tokens[j]) != tokens + j;
+  }
+  bool is_adjusted(int64_t i, int64_t token) const {
+    const int64_t* tokens = adjusted(i);
+    return std::find(tokens, tokens + arguments_.adjustments, token) != tokens + arguments_.adjustments;
+  }
+
+  void add(int64_t i, int64_t token, Best& best) const {
+    const float logit = value_of(logits(i)[token]);
+    if (!(logit > -kInfinity)) return;
+    Candidate candidate{rows_[i].total(logit, arguments_.temperature), logit, static_cast<int32_t>(i),
+                        static_cast<int32_t>(token)};
+    const int64_t offset = adjusted(i) - arguments_.adjusted;
+    for (int64_t j = 0; j < arguments_.adjustments; ++j) {
+      if (arguments_.adjusted[offset + j] == token) candidate.total += arguments_.amounts[offset + j];
+    }
+    if (candidate.total >= best.bound) best.add(candidate);
+  }
+
+  void collect_block(int64_t i, int64_t block, float least, Best& best) const {
+    const Row& row = rows_[i];
+    const Logit* x = logits(i) + block * kBlock;
+    const int64_t count = std::min(kBlock, arguments_.vocab - block * kBlock);
+    const float* columns = blocks_.columns + ((first_place_ + i) * blocks_.per_row + block) * kColumns;
+    for (int64_t group = 0; group < kColumns; group += kLanes) {
+      uint32_t hits = bits(simd::load(columns + group) >= Vec(least));
+      for (; hits != 0; hits &= hits - 1) {
+        for (int64_t place = group + std::countr_zero(hits); place < count; place += kColumns) {
+          const float value = value_of(x[place]);
+          if (!(value >= least)) continue;
+          const float total = row.total(value, arguments_.temperature);
+          const int64_t token = block * kBlock + place;
+          if (total >= best.bound && !is_adjusted(i, token)) {
+            best.add({total, value, static_cast<int32_t>(i), static_cast<int32_t>(token)});
+          }
+        }
+      }
+    }
+  }
+
+  // As `bound`, a bin being a column of one block.
+  float finest_bound(int64_t wanted, std::vector<float>& bins) const {
+    const int64_t of_row = blocks_.per_row * kColumns;
+    if (wanted > arguments_.beams * of_row) return -kInfinity;
+    bins.clear();
+    for (int64_t i = 0; i < arguments_.beams; ++i) {
+      if (!rows_[i].alive || restricted(i)) continue;
+      const float* columns = blocks_.columns + (first_place_ + i) * of_row;
+      for (int64_t c = 0; c < of_row; ++c) bins.push_back(rows_[i].total(columns[c], arguments_.temperature));
+    }
+    if (static_cast<int64_t>(bins.size()) < wanted) return -kInfinity;
+    std::nth_element(bins.begin(), bins.begin() + wanted - 1, bins.end(), std::greater<>());
+    return bins[wanted - 1];
+  }
+};
 
 }  // namespace
 
 template <class Logit>
-void merge(const Arguments<Logit>& arguments, const Pieces& pieces, const int64_t* row_of, int64_t begin, int64_t end) {
-  const int64_t beams = arguments.beams, k = arguments.k;
-  const int64_t per_row = std::min(k, arguments.vocab);
-  const float scale = arguments.power_scale;
-  std::vector<Row> rows(beams);
-  std::vector<int64_t> used(beams);  // candidates of a row that are in the result
-  std::vector<float> next(beams);    // total of the first that is not
+void select(const Arguments<Logit>& arguments, const Blocks& blocks, int64_t first_row, int64_t begin, int64_t end) {
+  const int64_t k = arguments.k, wanted = std::min(k, arguments.beams * arguments.vocab);
+  std::vector<Row> rows(arguments.beams);
+  std::vector<float> bins;
+  std::vector<Candidate> found;
   for (int64_t b = begin; b < end; ++b) {
-    for (int64_t i = 0; i < beams; ++i) {
-      const int64_t row = row_of[b * beams + i];
-      rows[i] = row < 0 ? Row{nullptr, 0.0f, 0.0f, 0.0f}
-                        : finish_row(pieces, row, arguments.scores[b * beams + i], scale, per_row);
-      used[i] = 0;
-      next[i] = rows[i].total(0, arguments.temperature);
+    int64_t count = 0;
+    if (wanted > 0) {
+      const Sentence sentence(arguments, blocks, b, first_row, rows);
+      Best best(wanted, found);
+      best.bound = std::max(sentence.bound(wanted, bins), kLowest);
+      sentence.collect(best);
+      count = best.finish();
     }
-    for (int64_t place = b * k; place < (b + 1) * k; ++place) {
-      int64_t parent = -1;
-      for (int64_t i = 0; i < beams; ++i) {
-        if (used[i] < per_row && (parent < 0 || next[i] > next[parent])) parent = i;
-      }
-      if (parent < 0) {
-        arguments.out_scores[place] = -kInfinity;
-        arguments.out_parents[place] = arguments.out_tokens[place] = 0;
-        continue;
-      }
-      const Row& row = rows[parent];
-      arguments.out_scores[place] = next[parent];
-      arguments.out_parents[place] = parent;
-      arguments.out_tokens[place] = row.best == nullptr ? used[parent] : token_of(row.best[used[parent]]);
-      if (++used[parent] < per_row) next[parent] = row.total(used[parent], arguments.temperature);
+    for (int64_t place = 0; place < k; ++place) {
+      const bool real = place < count;
+      arguments.out_scores[b * k + place] = real ? found[place].total : -kInfinity;
+      arguments.out_parents[b * k + place] = real ? found[place].parent : 0;
+      arguments.out_tokens[b * k + place] = real ? found[place].token : 0;
     }
   }
 }
 
-#define INSTANTIATE(Logit)                                                             \
-  template void scan<Logit>(const Arguments<Logit>&, const Pieces&, int64_t, int64_t); \
-  template void merge<Logit>(const Arguments<Logit>&, const Pieces&, const int64_t*, int64_t, int64_t);
+#define INSTANTIATE(Logit)                                                                       \
+  template void sweep<Logit>(const Arguments<Logit>&, const Blocks&, int64_t, int64_t, int64_t); \
+  template void select<Logit>(const Arguments<Logit>&, const Blocks&, int64_t, int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(simd::BFloat16)

@@ -12,6 +12,9 @@
 namespace condgen_fast::beam_search {
 namespace {
 
+// A token and its logit in one number: the higher logit is the greater, of equal ones the lower token.
+using Candidate = uint64_t;
+
 constexpr int kThreads = 256;
 constexpr int kPerThread = 8;  // logits of a tile
 constexpr int kTile = kThreads * kPerThread;
@@ -30,14 +33,15 @@ struct Sections {
   Candidate* best;     // [B * K, pieces, kept] descending
   float* highest;      // [B * K, per_row]
   float* sums;         // [B * K, per_row]
-  struct List* lists;  // [B * K, pieces]
+  struct List* lists;  // [B * K, pieces, and one more where totals are adjusted]
 };
 
 // The candidates of one piece while they are merged.
 struct List {
-  float highest, log_sum;  // of the row
-  float total;             // of the first candidate that is not in the result
-  int used;
+  float highest, log_sum;  // of the row; log_sum is NaN for an empty beam
+  float last_total;        // of the candidate that went into the result last
+  int used;                // how many did
+  Candidate last_key;
 };
 
 __device__ float minus_infinity() { return -__int_as_float(0x7f800000); }
@@ -54,6 +58,51 @@ __device__ float logit_of(Candidate candidate) {
 }
 
 __device__ int64_t token_of(Candidate candidate) { return static_cast<unsigned>(~candidate); }
+
+// What a beam is restricted to, and which of its totals are changed.
+template <class Logit>
+struct Lists {
+  const int64_t *adjusted, *allowed;
+  const float* amounts;
+  int64_t adjustments, allowed_count;
+  bool restricted;
+
+  __device__ Lists(const Arguments<Logit>& arguments, int64_t b, int64_t i)
+      : adjusted(nullptr),
+        allowed(nullptr),
+        amounts(nullptr),
+        adjustments(arguments.adjustments),
+        allowed_count(0),
+        restricted(false) {
+    if (adjustments > 0) {
+      const int64_t offset = b * arguments.adjusted_sentence_stride + i * arguments.adjusted_beam_stride;
+      adjusted = arguments.adjusted + offset;
+      amounts = arguments.amounts + offset;
+    }
+    if (arguments.first != nullptr) {
+      const int64_t first = arguments.first[b * arguments.beams + i];
+      restricted = first >= 0;
+      if (restricted) {
+        allowed = arguments.allowed + first;
+        allowed_count = arguments.last[b * arguments.beams + i] - first;
+      }
+    }
+  }
+
+  __device__ bool is_adjusted(int64_t token) const {
+    for (int64_t j = 0; j < adjustments; ++j) {
+      if (adjusted[j] == token) return true;
+    }
+    return false;
+  }
+
+  __device__ bool is_allowed(int64_t token) const {
+    for (int64_t j = 0; j < allowed_count; ++j) {
+      if (allowed[j] == token) return true;
+    }
+    return !restricted;
+  }
+};
 
 // A thread's share of a tile. Elements beyond the end, and NaN, are -inf.
 template <class Logit, bool kAligned>
@@ -169,6 +218,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Arguments<Logit> argumen
 
   const Logit* logits = arguments.logits + row / arguments.beams * arguments.sentence_stride +
                         row % arguments.beams * arguments.beam_stride;
+  const Lists<Logit> lists(arguments, row / arguments.beams, row % arguments.beams);
   const int64_t begin = piece * sections.per_piece * kSection;
   const int64_t end = min(begin + sections.per_piece * kSection, arguments.vocab);
   Candidate threshold = 0;
@@ -189,7 +239,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Arguments<Logit> argumen
       highest = top;
     }
 
-    if (tile == begin) {
+    if (tile == begin && !lists.restricted) {
       float value = share.x[0];
       int place = 0;
 #pragma unroll
@@ -200,17 +250,20 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Arguments<Logit> argumen
         }
       }
       const int64_t token = tile + share.position(place);
-      const Candidate bound = first_bound(token < end ? candidate(value, token) : 0, best.sorted, k);
+      const bool counts = token < end && value > minus_infinity() && !lists.is_adjusted(token);
+      const Candidate bound = first_bound(counts ? candidate(value, token) : 0, best.sorted, k);
       threshold = bound > 0 ? bound - 1 : 0;  // the bound's logit, as its low half is never 0
     }
-    const float least = threshold > 0 ? logit_of(threshold) : minus_infinity();
+    const float least = lists.restricted ? -minus_infinity()
+                        : threshold > 0  ? logit_of(threshold)
+                                         : __int_as_float(0xff7fffff);  // the lowest number
     int pushed = 0;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      if (share.x[e] >= least) {
+      if (share.x[e] >= least && share.x[e] < -minus_infinity()) {
         const int64_t token = tile + share.position(e);
         const Candidate key = candidate(share.x[e], token);
-        if (token < end && key > threshold) {
+        if (key > threshold && !lists.is_adjusted(token)) {
           best.keys[atomicAdd(&count, 1)] = key;
           pushed = 1;
         }
@@ -231,23 +284,106 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Arguments<Logit> argumen
     }
   }
 
+  for (int64_t first = 0; first < lists.allowed_count; first += kThreads) {
+    const int64_t token = first + threadIdx.x < lists.allowed_count ? lists.allowed[first + threadIdx.x] : -1;
+    int pushed = 0;
+    if (token >= begin && token < end && !lists.is_adjusted(token)) {
+      const Candidate key = candidate(static_cast<float>(logits[token]), token);
+      if (logit_of(key) > minus_infinity() && key > threshold) {
+        best.keys[atomicAdd(&count, 1)] = key;
+        pushed = 1;
+      }
+    }
+    if (__syncthreads_or(pushed)) {
+      const int found = count;
+      __syncthreads();
+      if (found > k + kSpare) threshold = best.prune();
+    }
+  }
+
   __syncthreads();
   const int found = best.rank();
   Candidate* out = sections.best + blockIdx.x * sections.kept;
-  for (int i = threadIdx.x; i < found; i += kThreads) out[i] = best.sorted[i];
+  for (int i = threadIdx.x; i < k; i += kThreads) out[i] = i < found ? best.sorted[i] : 0;
 }
 
-// Whether list `a` goes before list `b`: higher total, then lower parent, then higher logit, then lower token.
+// The first of a list that is not in the result. A row has a list for each of its pieces and one for its adjusted
+// tokens. Higher total goes first, then lower parent, then higher logit, then lower token.
 struct Head {
   float total;
   int list;  // negative: none
   Candidate key;
 
-  __device__ bool before(const Head& other, int pieces) const {
+  __device__ bool before(const Head& other, int per_row) const {
     if (list < 0 || other.list < 0) return list >= 0;
     if (total != other.total) return total > other.total;
-    const int parent = list / pieces, other_parent = other.list / pieces;
+    const int parent = list / per_row, other_parent = other.list / per_row;
     return parent != other_parent ? parent < other_parent : key > other.key;
+  }
+};
+
+template <class Logit>
+struct Merge {
+  const Arguments<Logit>& arguments;
+  const Sections& sections;
+  const int64_t b;
+  const int per_row;  // lists
+
+  __device__ int64_t row(int list) const { return b * arguments.beams + list / per_row; }
+  __device__ List& entry(int list) const { return sections.lists[b * arguments.beams * per_row + list]; }
+
+  __device__ float total(int list, Candidate key) const {
+    const List& of = entry(list);
+    const float below = (logit_of(key) - of.highest) / arguments.temperature;
+    return arguments.scores[row(list)] + (below - of.log_sum);
+  }
+
+  __device__ void open(int list) const {
+    float top = minus_infinity();
+    double sum = 0.0;
+    if (isfinite(arguments.scores[row(list)])) {
+      const float* highest = sections.highest + row(list) * sections.per_row;
+      for (int64_t i = 0; i < sections.per_row; ++i) top = highest[i] > top ? highest[i] : top;
+      for (int64_t i = 0; i < sections.per_row && isfinite(top); ++i) {
+        if (highest[i] == minus_infinity()) continue;
+        const double power = exp2f((highest[i] - top) * arguments.power_scale);
+        sum += sections.sums[row(list) * sections.per_row + i] * power;
+      }
+    }
+    entry(list) = {top, isfinite(top) ? static_cast<float>(log(sum)) : __int_as_float(0x7fffffff), 0.0f, 0, 0};
+  }
+
+  __device__ Head head(int list) const {
+    const List& of = entry(list);
+    if (isnan(of.log_sum)) return Head{0.0f, -1, 0};
+    const int piece = list % per_row;
+    if (piece == sections.pieces) return adjusted_head(list);
+    if (of.used >= sections.kept) return Head{0.0f, -1, 0};
+    const Candidate key = sections.best[(row(list) * sections.pieces + piece) * sections.kept + of.used];
+    return key == 0 ? Head{0.0f, -1, 0} : Head{total(list, key), list, key};
+  }
+
+  // Adjusted tokens are few and not sorted: the best of those that come after the last.
+  __device__ Head adjusted_head(int list) const {
+    const int64_t i = list / per_row;
+    const Lists<Logit> lists(arguments, b, i);
+    const Logit* logits = arguments.logits + b * arguments.sentence_stride + i * arguments.beam_stride;
+    const List& of = entry(list);
+    const Head last{of.last_total, of.used > 0 ? list : -1, of.last_key};
+    Head best{0.0f, -1, 0};
+    for (int64_t j = 0; j < lists.adjustments; ++j) {
+      const int64_t token = lists.adjusted[j];
+      if (token < 0 || token >= arguments.vocab || !(lists.amounts[j] > minus_infinity())) continue;
+      const Candidate key = candidate(static_cast<float>(logits[token]), token);
+      if (!(logit_of(key) > minus_infinity())) continue;
+      Head mine{total(list, key), list, key};
+      for (int64_t other = 0; other < lists.adjustments; ++other) {
+        if (lists.adjusted[other] == token) mine.total += lists.amounts[other];
+      }
+      if (!(mine.total > minus_infinity()) || !lists.is_allowed(token)) continue;
+      if ((last.list < 0 || last.before(mine, per_row)) && mine.before(best, per_row)) best = mine;
+    }
+    return best;
   }
 };
 
@@ -255,51 +391,16 @@ template <class Logit>
 __global__ void __launch_bounds__(kWarpSize) merge_kernel(Arguments<Logit> arguments, Sections sections) {
   const int64_t b = blockIdx.x;
   const int lane = threadIdx.x;
-  const int pieces = static_cast<int>(sections.pieces), count = static_cast<int>(arguments.beams) * pieces;
-  List* lists = sections.lists + b * count;
-  const Candidate* best = sections.best + b * count * sections.kept;
-  const float* scores = arguments.scores + b * arguments.beams;
+  const int per_row = static_cast<int>(sections.pieces) + (arguments.adjustments > 0 ? 1 : 0);
+  const int count = static_cast<int>(arguments.beams) * per_row;
+  const Merge<Logit> merge{arguments, sections, b, per_row};
+  const Head none{0.0f, -1, 0};
 
-  // An empty beam has one list, of tokens in order: that of its first piece. `log_sum` is NaN then.
-  auto candidates_of = [&](int list) -> int64_t {
-    if (!isnan(lists[list].log_sum)) {
-      const int64_t begin = list % pieces * sections.per_piece * kSection;
-      return min(sections.kept, min(arguments.vocab - begin, sections.per_piece * kSection));
-    }
-    return list % pieces == 0 ? min(arguments.k, arguments.vocab) : 0;
-  };
-  auto head_of = [&](int list) {
-    List& entry = lists[list];
-    if (entry.used >= candidates_of(list)) return Head{0.0f, -1, 0};
-    if (isnan(entry.log_sum)) return Head{minus_infinity(), list, candidate(minus_infinity(), entry.used)};
-    return Head{entry.total, list, best[list * sections.kept + entry.used]};
-  };
-  auto update_total = [&](int list) {
-    List& entry = lists[list];
-    if (isnan(entry.log_sum) || entry.used >= candidates_of(list)) return;
-    const float below = (logit_of(best[list * sections.kept + entry.used]) - entry.highest) / arguments.temperature;
-    entry.total = scores[list / pieces] + (below - entry.log_sum);
-  };
-
-  Head mine{0.0f, -1, 0};  // the first of this lane's lists
+  Head mine = none;  // the first of this lane's lists
   for (int list = lane; list < count; list += kWarpSize) {
-    const int64_t row = b * arguments.beams + list / pieces;
-    float top = minus_infinity();
-    double sum = 0.0;
-    if (isfinite(scores[list / pieces])) {
-      const float* highest = sections.highest + row * sections.per_row;
-      for (int64_t i = 0; i < sections.per_row; ++i) top = highest[i] > top ? highest[i] : top;
-      for (int64_t i = 0; i < sections.per_row && isfinite(top); ++i) {
-        if (highest[i] == minus_infinity()) continue;
-        const double power = exp2f((highest[i] - top) * arguments.power_scale);
-        sum += sections.sums[row * sections.per_row + i] * power;
-      }
-    }
-    const float log_sum = isfinite(top) ? static_cast<float>(log(sum)) : __int_as_float(0x7fffffff);
-    lists[list] = {top, log_sum, minus_infinity(), 0};
-    update_total(list);
-    const Head head = head_of(list);
-    if (head.before(mine, pieces)) mine = head;
+    merge.open(list);
+    const Head head = merge.head(list);
+    if (head.before(mine, per_row)) mine = head;
   }
 
   for (int64_t place = b * arguments.k; place < (b + 1) * arguments.k; ++place) {
@@ -310,20 +411,23 @@ __global__ void __launch_bounds__(kWarpSize) merge_kernel(Arguments<Logit> argum
       other.total = __shfl_xor_sync(kWholeWarp, winner.total, distance);
       other.list = __shfl_xor_sync(kWholeWarp, winner.list, distance);
       other.key = __shfl_xor_sync(kWholeWarp, winner.key, distance);
-      if (other.before(winner, pieces)) winner = other;
+      if (other.before(winner, per_row)) winner = other;
     }
+    const bool real = winner.list >= 0 && winner.total > minus_infinity();
     if (lane == 0) {
-      arguments.out_scores[place] = winner.list < 0 ? minus_infinity() : winner.total;
-      arguments.out_parents[place] = winner.list < 0 ? 0 : winner.list / pieces;
-      arguments.out_tokens[place] = winner.list < 0 ? 0 : token_of(winner.key);
+      arguments.out_scores[place] = real ? winner.total : minus_infinity();
+      arguments.out_parents[place] = real ? winner.list / per_row : 0;
+      arguments.out_tokens[place] = real ? token_of(winner.key) : 0;
     }
     if (winner.list >= 0 && winner.list % kWarpSize == lane) {
-      ++lists[winner.list].used;
-      update_total(winner.list);
-      mine = Head{0.0f, -1, 0};
+      List& entry = merge.entry(winner.list);
+      ++entry.used;
+      entry.last_total = winner.total;
+      entry.last_key = winner.key;
+      mine = none;
       for (int list = lane; list < count; list += kWarpSize) {
-        const Head head = head_of(list);
-        if (head.before(mine, pieces)) mine = head;
+        const Head head = merge.head(list);
+        if (head.before(mine, per_row)) mine = head;
       }
     }
   }
@@ -354,10 +458,11 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch, const Tensor& l
                      " rows on a GPU; got ", rows);
 
   // one allocation, the eight-byte members first
-  const int64_t best_words = rows * sections.pieces * sections.kept, list_words = rows * sections.pieces * 2;
+  const int64_t best_words = rows * sections.pieces * sections.kept,
+                list_words = 3 * rows * (sections.pieces + (arguments.adjustments > 0 ? 1 : 0));
   Tensor scratch =
       torch::stable::new_empty(logits, {best_words + list_words + rows * sections.per_row}, ScalarType::Long);
-  static_assert(sizeof(List) == 2 * sizeof(int64_t));
+  static_assert(sizeof(List) == 3 * sizeof(int64_t));
   auto* words = static_cast<int64_t*>(scratch.data_ptr());
   sections.best = reinterpret_cast<Candidate*>(words);
   sections.lists = reinterpret_cast<List*>(words + best_words);
@@ -379,10 +484,14 @@ void beam_topk(const Arguments<Logit>& arguments, int64_t batch, const Tensor& l
 }
 
 std::tuple<Tensor, Tensor, Tensor> beam_topk_cuda(const Tensor& logits, const Tensor& scores, int64_t k,
-                                                  double temperature) {
-  return beam_topk_op<__half, __nv_bfloat16>(logits, scores, k, temperature, [&](const auto& arguments, int64_t batch) {
-    beam_topk(arguments, batch, logits);
-  });
+                                                  double temperature, const std::optional<Tensor>& adjusted,
+                                                  const std::optional<Tensor>& amounts,
+                                                  const std::optional<Tensor>& allowed,
+                                                  const std::optional<Tensor>& first,
+                                                  const std::optional<Tensor>& last) {
+  return beam_topk_op<__half, __nv_bfloat16>(
+      logits, scores, k, temperature, {adjusted, amounts, allowed, first, last},
+      [&](const auto& arguments, int64_t batch) { beam_topk(arguments, batch, logits); });
 }
 
 }  // namespace

@@ -13,33 +13,51 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from condgen_fast import _library
-from condgen_fast.ops.beam_search import BeamTopK, beam_topk
+from condgen_fast.ops.beam_search import Adjustments, Allowed, BeamTopK, beam_topk
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 impls = pytest.mark.parametrize("impl", ["auto", "reference"])
 
 
-def exact_totals(logits: Tensor, scores: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def exact_totals(
+    logits: Tensor,
+    scores: Tensor,
+    temperature: float = 1.0,
+    adjust: Adjustments | None = None,
+    allowed: Allowed | None = None,
+) -> tuple[Tensor, Tensor]:
     """Totals [B, K, V] in float64, -inf for whatever cannot win, and the logits [B, K, V] that order a row."""
     logits, scores = logits.cpu().float().double(), scores.cpu().float().double()
     logits = logits.masked_fill(logits.isnan(), -INF)
     alive = scores.isfinite() & logits.amax(-1).isfinite()
     totals = scores[..., None] + ((logits - logits.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
-    return totals.masked_fill(~alive[..., None], -INF), logits.masked_fill(~alive[..., None], -INF)
+    B, K, V = logits.shape
+    for b in range(B):
+        for i in range(K):
+            if adjust is not None:
+                pairs = zip(adjust.tokens[b, i].tolist(), adjust.amounts[b, i].tolist(), strict=True)
+                for token, amount in pairs:
+                    if 0 <= token < V:
+                        totals[b, i, token] += amount
+            if allowed is not None and allowed.first[b, i] >= 0:
+                listed = set(allowed.tokens[allowed.first[b, i] : allowed.last[b, i]].tolist())
+                totals[b, i, [token for token in range(V) if token not in listed]] = -INF
+    return totals.masked_fill(~alive[..., None], -INF), logits
 
 
-def assert_selects(found: BeamTopK, logits: Tensor, scores: Tensor, k: int, temperature: float = 1.0) -> None:
+def assert_selects(found: BeamTopK, logits: Tensor, scores: Tensor, k: int, temperature: float = 1.0, **lists) -> None:
     """The contract, for inputs of any kind: `found` has the k best in the promised order."""
     B, K, V = logits.shape
     assert [tuple(part.shape) for part in found] == [(B, k)] * 3
     assert [part.dtype for part in found] == [torch.float32, torch.int64, torch.int64]
     assert all(part.device == logits.device for part in found)
-    totals, order = exact_totals(logits, scores, temperature)
+    totals, order = exact_totals(logits, scores, temperature, **lists)
     for b in range(B):
         rows = list(zip(*(part[b].tolist() for part in found), strict=True))
-        real = rows[: K * V]
-        assert rows[K * V :] == [(-INF, 0, 0)] * (k - len(real))
+        count = int((totals[b] > -INF).sum())
+        real = rows[:count]
+        assert rows[count:] == [(-INF, 0, 0)] * (k - len(real))
         keys = [(-score, parent, -order[b, parent, token].item(), token) for score, parent, token in real]
         assert keys == sorted(keys)
         assert len({(parent, token) for _, parent, token in real}) == len(real)
@@ -47,10 +65,11 @@ def assert_selects(found: BeamTopK, logits: Tensor, scores: Tensor, k: int, temp
         slack = 1e-6 * (4 + scores[b][scores[b].isfinite()].abs().max().item() if scores[b].isfinite().any() else 0)
         for score, parent, token in real:
             exact = totals[b, parent, token].item()
-            assert score == exact or abs(score - exact) <= slack + 2e-7 * abs(exact), (score, exact)
+            assert exact > -INF and abs(score - exact) <= slack + 2e-7 * abs(exact), (score, exact)
         for parent in range(K):
             tokens = [token for _, taken, token in real if taken == parent]
-            assert tokens == order[b, parent].sort(descending=True, stable=True).indices[: len(tokens)].tolist()
+            if not lists:
+                assert tokens == order[b, parent].sort(descending=True, stable=True).indices[: len(tokens)].tolist()
             totals[b, parent, tokens] = -INF
         rest = totals[b].max().item() if totals[b].numel() else -INF
         assert rest <= worst + slack + 2e-7 * abs(worst) if worst > -INF else rest == -INF
@@ -77,6 +96,8 @@ def random_step(B: int, K: int, V: int, *, dtype=torch.float32, device="cpu", se
         (1, 1, 40000, 33),
         (2, 3, 70, 100),
         (2, 65, 33, 65),
+        (1, 64, 1000, 64),
+        (1, 1, 9001, 2000),
     ],
 )
 def test_random(B, K, V, k, dtype, impl, device):
@@ -144,8 +165,7 @@ def test_empty_beams(impl, device):
     for k in (5, 60, 70):
         found = beam_topk(logits, scores, k, impl=impl)
         assert_selects(found, logits, scores, k)
-    assert found.parents[1].tolist() == [0] * 60 + [1] * 10
-    assert found.tokens[1].tolist() == [*range(60), *range(10)]
+    assert found.parents[1].tolist() == found.tokens[1].tolist() == [0] * 70
     assert (found.scores[0] > -INF).sum() == 60
 
 
@@ -173,7 +193,7 @@ def test_special_values(dtype, impl, device):
 def test_nan_leaves_the_rest_of_its_row_a_distribution(impl, device):
     logits = torch.tensor([[[NAN, 0.0, 0.0, NAN]]], device=device)
     found = beam_topk(logits, torch.zeros(1, 1, device=device), 4, impl=impl)
-    assert found.tokens.tolist() == [[1, 2, 0, 3]]
+    assert found.tokens.tolist() == [[1, 2, 0, 0]]
     torch.testing.assert_close(found.scores.cpu(), torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log())
 
 
@@ -246,6 +266,62 @@ def test_the_same_bits_for_any_batch(device):
         assert all(torch.equal(one[b : b + 1], other) for one, other in zip(together, alone, strict=True))
 
 
+@impls
+@pytest.mark.parametrize(("B", "K", "V", "k"), [(2, 3, 40, 9), (3, 5, 1000, 10), (1, 2, 9001, 40), (2, 64, 70, 64)])
+def test_adjusted_totals(B, K, V, k, impl, device):
+    generator = torch.Generator().manual_seed(V)
+    logits, scores = random_step(B, K, V, device=device)
+    best = logits.cpu().topk(12).indices  # where adjusting changes what is found
+    some = torch.randint(-3, V + 3, (B, K, 12), generator=generator)
+    tokens = torch.cat([best, some, best[..., :3]], 2)
+    amounts = 3 * torch.randn(tokens.shape, generator=generator)
+    amounts[torch.rand(tokens.shape, generator=generator) < 0.5] = -INF
+    adjust = Adjustments(tokens.to(device), amounts.to(device))
+    assert_selects(beam_topk(logits, scores, k, adjust=adjust, impl=impl), logits, scores, k, adjust=adjust)
+    shared = Adjustments(tokens[:1, :1].expand(B, K, -1).to(device), amounts[:1, :1].expand(B, K, -1).to(device))
+    assert_selects(beam_topk(logits, scores, k, adjust=shared, impl=impl), logits, scores, k, adjust=shared)
+    everything = torch.arange(V, device=device).expand(B, K, V)
+    banned = Adjustments(everything, torch.full((B, K, V), -INF, device=device))
+    assert (beam_topk(logits, scores, k, adjust=banned, impl=impl).scores == -INF).all()
+
+
+@impls
+@pytest.mark.parametrize(("B", "K", "V", "k"), [(3, 4, 40, 9), (2, 5, 5000, 10), (2, 3, 70, 300)])
+def test_allowed_tokens(B, K, V, k, impl, device):
+    generator = torch.Generator().manual_seed(V)
+    logits, scores = random_step(B, K, V, device=device)
+    tokens = torch.cat([torch.randperm(V + 4, generator=generator) - 2, torch.tensor([7])]).to(device)
+    first = torch.randint(-1, V, (B, K), generator=generator).to(device)
+    last = (first + torch.randint(0, 5, (B, K), generator=generator).to(device)).clamp(min=0)
+    first[0, :2], last[0, :2] = -1, 0  # not restricted
+    first[1, 0], last[1, 0] = 0, V + 4  # to all
+    allowed = Allowed(tokens, first, last)
+    assert_selects(beam_topk(logits, scores, k, allowed=allowed, impl=impl), logits, scores, k, allowed=allowed)
+    adjust = Adjustments(tokens[: V // 2].expand(B, K, -1), torch.full((B, K, V // 2), -INF, device=device))
+    found = beam_topk(logits, scores, k, adjust=adjust, allowed=allowed, impl=impl)
+    assert_selects(found, logits, scores, k, adjust=adjust, allowed=allowed)
+
+
+def test_refuses_lists_that_do_not_fit():
+    logits, scores, ids = torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"adjust.amounts must have shape \[B, K, M\] with B=2, K=3, M=5"):
+        beam_topk(logits, scores, 2, adjust=Adjustments(ids[:, :, None].expand(2, 3, 5), torch.zeros(2, 3, 4)))
+    with pytest.raises(ValueError, match="allowed.last must be at most E = 6; got 7"):
+        beam_topk(logits, scores, 2, allowed=Allowed(ids.flatten(), ids, ids + 7))
+
+
+@impls
+def test_a_far_higher_logit_late_in_the_row(impl, device):
+    """What the powers are taken of is chosen from the first logits of a block."""
+    logits = torch.full((1, 3, 9000), -INF, device=device)
+    logits[0, :, 3] = torch.tensor([-1e9, 0.0, -3e38])
+    logits[0, :, 5000:5004] = torch.tensor([0.0, 200.0, 3e38])[:, None]
+    scores = torch.zeros(1, 3, device=device)
+    found = beam_topk(logits, scores, 12, impl=impl)
+    assert_selects(found, logits, scores, 12)
+    torch.testing.assert_close(found.scores, torch.full((1, 12), -1.3862944, device=device))
+
+
 values = st.sampled_from([-INF, INF, NAN, 0.0, -0.0, 1.0, 1.5, -2.0, 30.0, -60.0]) | st.floats(-50, 50, width=16)
 
 
@@ -295,7 +371,8 @@ def test_compiles_as_one_graph(device):
         ({"logits": torch.zeros(2, 3, 4, dtype=torch.int64)}, ValueError, "logits must be float32.*; got int64"),
         ({"scores": torch.zeros(2, 4)}, ValueError, r"scores must have shape \[B, K\] with B=2, K=3; got \[2, 4\]"),
         ({"scores": torch.zeros(2, 3, dtype=torch.bool)}, ValueError, "scores must be float32.*; got bool"),
-        ({"k": 0}, ValueError, "k must be >= 1; got 0"),
+        ({"k": 0}, ValueError, "k must be in .1, 1048576.; got 0"),
+        ({"k": 2**40}, ValueError, "k must be in .1, 1048576.; got 1099511627776"),
         ({"k": 2.0}, TypeError, "k must be an int; got float"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0.*; got 0.0"),
         ({"temperature": NAN}, ValueError, "temperature must be > 0.*; got nan"),

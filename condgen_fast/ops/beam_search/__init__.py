@@ -1,3 +1,3 @@
-from condgen_fast.ops.beam_search.op import BeamTopK, beam_topk
+from condgen_fast.ops.beam_search.op import Adjustments, Allowed, BeamTopK, beam_topk
 
-__all__ = ["BeamTopK", "beam_topk"]
+__all__ = ["Adjustments", "Allowed", "BeamTopK", "beam_topk"]

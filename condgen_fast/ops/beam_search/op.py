@@ -8,12 +8,13 @@ from torch import Tensor
 from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number, check_tensor
 from condgen_fast.ops.beam_search import reference
-from condgen_fast.ops.beam_search.reference import BeamTopK
+from condgen_fast.ops.beam_search.reference import Adjustments, Allowed, BeamTopK
 
-__all__ = ["BeamTopK", "beam_topk"]
+__all__ = ["Adjustments", "Allowed", "BeamTopK", "beam_topk"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _IMPLS = ("auto", "reference")
+_MOST = 2**20
 
 
 def beam_topk(
@@ -22,6 +23,8 @@ def beam_topk(
     k: int,
     *,
     temperature: float = 1.0,
+    adjust: Adjustments | None = None,
+    allowed: Allowed | None = None,
     impl: str = "auto",
 ) -> BeamTopK:
     """Find the k best of ``scores[b, i] + log_softmax(logits[b, i] / temperature)[v]`` over all i and v, best first.
@@ -30,8 +33,12 @@ def beam_topk(
         logits: [B, K, V] float32, bfloat16, float16 or float64 (rounded to float32 as it is read). Any strides; a copy
             is made only if the last dimension is not contiguous.
         scores: [B, K], any of these dtypes, rounded to float32. -inf marks an empty beam, whose logits are not read.
-        k: at least 1; more than K has no price beyond the merge of K * k candidates.
+        k: at least 1, at most 1048576 (1024 on a GPU).
         temperature: above 0.
+        adjust: Adjustments(tokens [B, K, M] int64, amounts [B, K, M] float32), added to the totals of these tokens
+            without changing the distribution: -inf bans a token, whose share of the probability is nobody's then.
+        allowed: Allowed(tokens [E], first [B, K], last [B, K]) int64, the lists of tokens that some of the beams are
+            restricted to; nor does this change the distribution.
         impl: "auto" (compiled, on the tensors' device) or "reference".
 
     Returns:
@@ -39,16 +46,16 @@ def beam_topk(
 
     Order. In float32, with m the row's highest logit,
     ``total = score + ((logit - m) / temperature - log(sum(exp((logit - m) / temperature))))``.
-    Candidates are in descending order of the total; equal totals go to the lower parent; within one parent to the
-    higher logit, then the lower token. So ties within a row are decided exactly, by the logits. Between rows they are
-    decided by rounded totals: implementations whose logarithm differs in the last bit (an instruction set, a device)
-    may order two parents differently whose totals are that close. One implementation always returns the same bits for
-    the same row and score, whatever the batch, the number of threads or the other rows.
+    Candidates are in descending order of the total, adjusted; equal totals go to the lower parent; within one parent
+    to the higher logit, then the lower token. So ties within a row are decided exactly, by the logits. Between rows
+    they are decided by rounded totals: implementations whose logarithm differs in the last bit (an instruction set, a
+    device) may order two parents differently whose totals are that close. One implementation always returns the same
+    bits for the same row and score, whatever the batch, the number of threads or the other rows.
 
     Special values. A NaN logit counts as -inf, for the normaliser too, so the rest of its row stays a distribution. A
-    beam is empty if its score is not finite, or its highest logit is not: all NaN or -inf, or a +inf among them. All
-    candidates of an empty beam have total -inf and rank by token; they come after every finite candidate. Places
-    beyond the K * V candidates hold score -inf, parent 0, token 0.
+    beam is empty if its score is not finite, or its highest logit is not: all NaN or -inf, or a +inf among them. Only
+    candidates with a total above -inf are found; where these are fewer than k, the places that are left hold score
+    -inf, parent 0, token 0.
 
     No gradient flows through. One pass over the logits; memory O(B K k).
 
@@ -63,17 +70,36 @@ def beam_topk(
     check_choice(impl, "impl", _IMPLS)
     sizes = check_tensor(logits, "logits", shape="B K V", dtypes=_FLOATS)
     check_tensor(scores, "scores", shape="B K", dtypes=_FLOATS, device=logits.device, sizes=sizes)
-    check_number(k, "k", minimum=1, integer=True)
+    check_number(k, "k", minimum=1, maximum=_MOST, integer=True)
     check_number(temperature, "temperature", minimum=0.0, exclusive=True)
+    _check_constraints(adjust, allowed, sizes, logits.device)
     logits, scores = logits.detach(), scores.detach()
     if impl == "reference":
-        return reference.beam_topk(logits, scores, k, temperature=temperature)
+        return reference.beam_topk(logits, scores, k, temperature=temperature, adjust=adjust, allowed=allowed)
     _library.require(logits.device)
-    return BeamTopK(*torch.ops.condgen_fast.beam_topk(logits, scores.float(), k, temperature))
+    constraints = (*(adjust or (None, None)), *(allowed or (None, None, None)))
+    return BeamTopK(*torch.ops.condgen_fast.beam_topk(logits, scores.float(), k, temperature, *constraints))
+
+
+def _check_constraints(
+    adjust: Adjustments | None, allowed: Allowed | None, sizes: dict[str, int], device: torch.device
+) -> None:
+    on_device = dict(device=device, dtypes=(torch.int64,))
+    if adjust is not None:
+        tokens, amounts = adjust
+        bound = check_tensor(tokens, "adjust.tokens", shape="B K M", sizes=sizes, **on_device)
+        check_tensor(amounts, "adjust.amounts", shape="B K M", sizes=bound, dtypes=(torch.float32,), device=device)
+    if allowed is not None:
+        tokens, first, last = allowed
+        check_tensor(tokens, "allowed.tokens", shape="E", **on_device)
+        check_tensor(first, "allowed.first", shape="B K", sizes=sizes, **on_device)
+        check_tensor(last, "allowed.last", shape="B K", sizes=sizes, **on_device)
+        if device.type == "cpu" and last.numel() > 0 and int(last.max()) > tokens.shape[0]:
+            raise ValueError(f"allowed.last must be at most E = {tokens.shape[0]}; got {int(last.max())}")
 
 
 @_library.register_fake("beam_topk")
-def _(logits, scores, k, temperature):
+def _(logits, scores, k, temperature, adjusted=None, amounts=None, allowed=None, first=None, last=None):
     shape = (logits.shape[0], k)
     return (
         logits.new_empty(shape, dtype=torch.float32),

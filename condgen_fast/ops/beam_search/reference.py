@@ -16,12 +16,35 @@ class BeamTopK(NamedTuple):
     tokens: Tensor  # [B, k] int64, with what
 
 
+class Adjustments(NamedTuple):
+    """What is added to the totals of a few tokens of each beam; several of one token add up.
+
+    amounts are finite, or -inf, which bans the token. An id outside the vocabulary (-1, say) stands for none.
+    """
+
+    tokens: Tensor  # [B, K, M] int64
+    amounts: Tensor  # [B, K, M] float32
+
+
+class Allowed(NamedTuple):
+    """Beam i of sentence b is restricted to tokens[first[b, i] : last[b, i]], unless first[b, i] is negative.
+
+    No token may stand twice in a beam's list. An id outside the vocabulary stands for none.
+    """
+
+    tokens: Tensor  # [E] int64, the lists of all beams; they may overlap
+    first: Tensor  # [B, K] int64
+    last: Tensor  # [B, K] int64
+
+
 def beam_topk(
     logits: Tensor,  # [B, K, V]
     scores: Tensor,  # [B, K]
     k: int,
     *,
     temperature: float = 1.0,
+    adjust: Adjustments | None = None,
+    allowed: Allowed | None = None,
 ) -> BeamTopK:
     B, K, V = logits.shape
     found = min(k, K * V)
@@ -38,14 +61,32 @@ def beam_topk(
     below = (logits - best[..., None]) / temperature
     log_sum = below.double().exp().sum(-1).log().float()
     totals = scores[..., None] + (below - log_sum[..., None])
+    if adjust is not None:
+        known = (adjust.tokens >= 0) & (adjust.tokens < V)
+        totals = totals.scatter_add(2, adjust.tokens.where(known, 0), adjust.amounts.where(known, 0.0))
+    if allowed is not None:
+        totals = torch.where(_mask(allowed, B, K, V), totals, -torch.inf)
     totals = torch.where(alive[..., None], totals, -torch.inf)
-    logits = torch.where(alive[..., None], logits, -torch.inf)
 
     # stable sorts, the least important key first
     by_logit = logits.sort(dim=-1, descending=True, stable=True).indices  # [B, K, V] tokens
     totals = totals.gather(-1, by_logit).flatten(1)
     order = totals.sort(dim=1, descending=True, stable=True).indices[:, :found]
-    return _padded(totals.gather(1, order), order // V, by_logit.flatten(1).gather(1, order), k)
+    totals, tokens, parents = totals.gather(1, order), by_logit.flatten(1).gather(1, order), order // V
+    real = totals > -torch.inf
+    return _padded(totals, parents.where(real, 0), tokens.where(real, 0), k)
+
+
+def _mask(allowed: Allowed, B: int, K: int, V: int) -> Tensor:
+    mask = torch.zeros(B, K, V, dtype=torch.bool, device=allowed.tokens.device)
+    for b in range(B):
+        for i in range(K):
+            if allowed.first[b, i] < 0:
+                mask[b, i] = True
+                continue
+            tokens = allowed.tokens[allowed.first[b, i] : allowed.last[b, i]]
+            mask[b, i, tokens[(tokens >= 0) & (tokens < V)]] = True
+    return mask
 
 
 _DTYPES = (torch.float32, torch.int64, torch.int64)
