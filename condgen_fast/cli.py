@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str | None, str]] = {
     "distill": ("recipes.distill", "Distill", "translate a training source with a teacher: sequence-level KD"),
     "translate": ("recipes.translate", "Translate", "translate text, one sentence a line"),
     "evaluate": ("recipes.evaluate", "Evaluate", "score a model, or a file of translations, on a test set"),
+    "show": ("recipes.show", "Show", "write a page that shows decoding step by step, strategies side by side"),
     "corpus": ("data.corpus", "Corpus", "build the corpora from Debian packages"),
     "demo": (
         "recipes.demo",

@@ -158,6 +158,21 @@ def test_the_page_shows_every_step_and_marks_what_it_did():
     assert (added("token", "p4"), added("token", "p0"), added("token", "given")) == (2, 2, 2 + 2 + 1 + 1 + 1)
 
 
+def test_the_page_marks_what_was_committed_put_and_rewritten():
+    steps = [
+        Step(0, "start", [7, MASK, MASK], [0.0] * 3, [True] * 3),
+        Step(1, "commit", [7, 8, MASK], [0.0, -0.1, 0.0], [False, True, False]),
+        Step(2, "put", [7, 9, 8], [0.0, -0.1, -0.1], [False, True, False]),
+        Step(3, "rewrite", [7, 6, 8], [0.0, -0.1, -0.1], [False, True, False]),
+    ]
+    text = page([Example("s", [Run("lm", Trace(steps, 3, BOS, EOS, MASK), str, detail="a < b")])])
+    body = text[text.index("<main>") : text.index("</main>")]
+    for word, mark in (("commits", "committed"), ("inserts", "inserted"), ("predicts all anew, changes", "written")):
+        assert f"{word} 1</span>" in body and len(re.findall(rf'class="token p4 {mark}"', body)) == 1
+    assert "a &lt; b" in body and body.count("token mask") == 2 + 1
+    assert 'min="0" max="3"\nvalue="0"' in body
+
+
 def test_the_page_is_self_contained():
     run = Run("random", decode(RandomModel(), [[5]], MaskPredict(trace=True)).trace[0], hostile)
     text = page([Example("source", [run]), Example("again", [run])])
