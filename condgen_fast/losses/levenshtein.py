@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from condgen_fast._check import check_number
 from condgen_fast.data.batching import ParallelBatch
-from condgen_fast.losses.cmlm import mask_uniformly
 from condgen_fast.models.levenshtein import LevenshteinTransformer
-from condgen_fast.ops import apply_edits, edit_oracle, kd_loss
+from condgen_fast.ops import apply_edits, edit_oracle, kd_loss, random_delete
 
 
 class Policy(NamedTuple):
@@ -28,15 +27,6 @@ class Policy(NamedTuple):
     beta: float = 0.0
     full_mask: float = 0.0
     initial_noise: float = 0.0
-
-
-def random_delete(tokens: Tensor, deletable: Tensor) -> Tensor:
-    """Which tokens to drop: in each row a number uniform in 1 … N of its N deletable tokens, at random places.
-
-    tokens [B, T], deletable bool [B, T] -> bool [B, T]. Never none, as in the published training, where keeping all
-    has probability 0.
-    """
-    return mask_uniformly(tokens, deletable)
 
 
 def levenshtein_loss(
@@ -55,9 +45,10 @@ def levenshtein_loss(
     inner = (target != model.pad_id) & (target != model.bos_id) & (target != model.eos_id)
     initial = _initial(model, target, inner, policy.initial_noise)
 
-    dropped = random_delete(target, inner)
-    empty = _rows(target, policy.full_mask)
-    canvas = apply_edits(target, delete=torch.where(empty, inner, dropped), **ids).tokens
+    canvas = random_delete(target, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)
+    if policy.full_mask > 0:
+        empty = apply_edits(target, delete=inner, **ids).tokens
+        canvas = torch.where(_rows(target, policy.full_mask), empty, canvas)
     if policy.beta > 0:
         kept = apply_edits(initial, delete=edit_oracle(initial, target, pad_id=model.pad_id).delete, **ids).tokens
         canvas = _choose(_rows(target, policy.beta), kept, canvas, model.pad_id)

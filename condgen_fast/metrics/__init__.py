@@ -1,6 +1,17 @@
 """Measures of generated text."""
 
 from condgen_fast.metrics.bleu import Score, bleu, chrf, ter
-from condgen_fast.metrics.repetition import repeated_token_rate, repeated_tokens
+from condgen_fast.metrics.edit_rate import edit_rates
+from condgen_fast.metrics.repetition import remove_repeats, repeated_token_rate, repeated_tokens, repetitions
 
-__all__ = ["Score", "bleu", "chrf", "repeated_token_rate", "repeated_tokens", "ter"]
+__all__ = [
+    "Score",
+    "bleu",
+    "chrf",
+    "edit_rates",
+    "remove_repeats",
+    "repeated_token_rate",
+    "repeated_tokens",
+    "repetitions",
+    "ter",
+]
