@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss, triton_kernel
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss, reference, triton_kernel
+from condgen_fast.ops.kd_loss.op import DIVERGENCES, triton_kind, triton_teacher
 
 TEACHERS = ["dense", "wide", "narrow", "drop", "uniform", "renormalise", "prior", "prior_rows", "all_listed"]
 OPTIONS = [
@@ -174,6 +175,59 @@ def test_opcheck_and_compile(device):
     torch.testing.assert_close(torch.autograd.grad(3 * compiled(student[0]), student)[0], wanted)
 
 
+def parts_of(student, teacher, labels, *, temperature, teacher_temperature):
+    """KDLossParts from nll on, of a student and a teacher, written out in float64."""
+    log_p = (student.double() / temperature).log_softmax(-1)
+    log_q = reference.teacher_log_probs(teacher, labels, student.shape[-1], teacher_temperature, torch.float64)
+    nll = F.cross_entropy(student.double(), labels, label_smoothing=0.1, reduction="none")
+    q = log_q.exp()
+    lse = (
+        (teacher.double() / teacher_temperature).logsumexp(-1) if isinstance(teacher, torch.Tensor) else q.sum(-1).log()
+    )
+    return torch.stack(
+        [
+            nll,
+            reference.divergence_per_row(log_q, log_p, "forward_kl", 0.5),
+            (student.double() / temperature).logsumexp(-1),
+            lse,
+            -(log_p.exp() * log_p).sum(-1),
+            -(q * log_q.masked_fill(q == 0, 0)).sum(-1),
+            (log_q.argmax(-1) == student.argmax(-1)).double(),
+            (labels == student.argmax(-1)).double(),
+        ],
+        -1,
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["dense", "drop", "uniform", "prior", "low_prior"])
+def test_parts(kind, alpha, swept, device):
+    """From the same launch, whatever the factors of the loss; the loss and its gradient stay what they are."""
+    vocab_size, rows = 75, 4
+    if kind == "low_prior":  # the tokens that are not listed are the most probable ones
+        teacher = LabelPrior(torch.arange(vocab_size, device=device)[:, None] % 2, torch.ones(1, device=device), 3.0)
+    else:
+        teacher = make_teacher(kind, rows, vocab_size, device)
+    student = torch.randn(rows, vocab_size, device=device) * 3
+    student[1, 40] = student[1, 60] = 20  # equal: the first one
+    if isinstance(teacher, torch.Tensor):
+        teacher[1, 40] = teacher[1, 60] = 20
+        teacher[2, 3] = student[2, 3] = 30
+    labels = torch.tensor([5, 40, 0, 9], device=device)
+    coefficient = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
+    logits, ids, listed = triton_teacher(teacher if not isinstance(teacher, torch.Tensor) else teacher[None])
+    arguments = (student[None], logits, ids, listed, labels, coefficient, *triton_kind(teacher))
+    options = (1, 1 - alpha, alpha, 2.0, 1.5, 0.5, 0.1, 0.0)
+    losses, gradient, parts = torch.ops.condgen_fast.kd_loss_triton(*arguments, *options, True, True)
+    wanted = parts_of(student, teacher, labels, temperature=2.0, teacher_temperature=1.5)
+    torch.testing.assert_close(parts[:3].double(), wanted[:3], atol=1e-5, rtol=1e-5)
+    assert bool((parts[3] == 0).all())
+    loss = ((1 - alpha) * wanted[:, 0] + alpha * wanted[:, 1])[:3]
+    torch.testing.assert_close(losses[:3].double(), loss, atol=3e-6, rtol=3e-6)
+    alone = torch.ops.condgen_fast.kd_loss_triton(*arguments, *options, True, False)
+    assert torch.equal(alone[1], gradient) and alone[2].numel() == 0
+
+
 def test_scale_rows(device):
     gradient = torch.randn(2, 3, 50, device=device)
     scales = torch.tensor([1.0, 2.0, 0.0, 1.0, -1.0, 0.5], device=device)
@@ -235,10 +289,10 @@ def test_overwriting_is_never_silent(device):
 def test_tiles_fit_the_row():
     for vocab_size in (1, 17, 4096, 4097, 32000, 128256, 262144):
         for row_bytes in (vocab_size * 4, vocab_size * 8):
-            for mixture in (False, True):
-                block, warps, resident = triton_kernel.tile(vocab_size, row_bytes, mixture)
+            for mixture, parts in ((False, False), (True, False), (False, True)):
+                block, warps, resident = triton_kernel.tile(vocab_size, row_bytes, mixture, parts)
                 assert block & (block - 1) == 0 and (block >= vocab_size) >= resident
-                assert resident or 32 * warps * 8 == block
+                assert resident or 32 * warps * (4 if parts else 8) == block
 
 
 def gpu_inputs(rows, vocab_size, dtype=torch.bfloat16):

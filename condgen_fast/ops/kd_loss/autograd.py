@@ -57,11 +57,13 @@ def _kd_loss_triton(student, *arguments):
     from condgen_fast.ops.kd_loss import triton_kernel
 
     *arguments, with_gradient, with_parts = arguments
-    if with_parts:
-        raise RuntimeError('kd_loss_parts has no Triton kernel; use impl="reference"')
     gradient = student.new_empty(student.shape if with_gradient else (0,))
-    losses = triton_kernel.kd_loss_rows(student, *arguments, gradient if with_gradient else None)
-    return losses, gradient, losses.new_empty(0, 0)
+    shape = (student.shape[0] * student.shape[1], 8) if with_parts else (0, 0)
+    parts = torch.empty(shape, dtype=torch.float32, device=student.device)
+    losses = triton_kernel.kd_loss_rows(
+        student, *arguments, gradient if with_gradient else None, parts if with_parts else None
+    )
+    return losses, gradient, parts
 
 
 class OverwritingLoss(torch.autograd.Function):

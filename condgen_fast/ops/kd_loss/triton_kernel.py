@@ -16,12 +16,13 @@ LARGEST_RESIDENT = 4096  # columns of a row that is read once; wider rows spill,
 ROWS_IN_CACHE = ((2**15, 8), (2**17, 16))  # bytes of a row of both sides, and warps that leave so many rows in L1
 
 
-def tile(vocab_size: int, row_bytes: int, mixture: bool) -> tuple[int, int, bool]:
+def tile(vocab_size: int, row_bytes: int, mixture: bool, parts: bool) -> tuple[int, int, bool]:
     """(columns a step, warps, whether that is the whole row) for a row of V logits and so many bytes on both sides.
 
     A wide row is swept twice, backwards the second time. The more bytes it has the more warps work on it, so that fewer
     rows are under way on a multiprocessor (65536 registers, 64 a thread) and the second sweep finds them in its L1
-    (up to 200 kB) or in L2. A divergence of three sweeps (``mixture``) always takes most warps: with fewer it spills.
+    (up to 200 kB) or in L2. A divergence of three sweeps (``mixture``) always takes most warps: with fewer it spills;
+    and so do parts with 8 columns a thread.
     """
     if vocab_size <= LARGEST_RESIDENT:
         block = max(16, triton.next_power_of_2(vocab_size))
@@ -29,7 +30,7 @@ def tile(vocab_size: int, row_bytes: int, mixture: bool) -> tuple[int, int, bool
     warps = 32
     if not mixture:
         warps = next((warps for largest, warps in ROWS_IN_CACHE if row_bytes <= largest), warps)
-    return 256 * warps, warps, False
+    return (128 if parts else 256) * warps, warps, False
 
 
 def kd_loss_rows(
@@ -50,19 +51,20 @@ def kd_loss_rows(
     label_smoothing: float,
     z_loss: float,
     gradient: Tensor | None,  # [A, B, V], may be student itself
+    parts: Tensor | None = None,  # [N, 8] float32
 ) -> Tensor:
-    """Losses [N] float32; fills the gradient."""
+    """Losses [N] float32; fills gradient and parts, for which labels and teacher are read whatever the factors are."""
     outer, inner, vocab_size = student.shape
     losses = torch.empty(outer * inner, dtype=torch.float32, device=student.device)
     if losses.numel() == 0:
         return losses
-    if soft == 0:
+    if soft == 0 and parts is None:
         kind = KINDS["none"]
     dense = kind == KINDS["dense"]
     sparse = kind > KINDS["dense"]
     k = ids.shape[-1] if sparse else 1
     row_bytes = vocab_size * (student.element_size() + (teacher.element_size() if dense else 0))
-    block, warps, resident = tile(vocab_size, row_bytes, divergence >= (3 if dense else 2))
+    block, warps, resident = tile(vocab_size, row_bytes, divergence >= (3 if dense else 2), parts is not None)
     with torch.cuda.device_of(student):
         kd_loss_kernel[(outer * inner,)](
             student,
@@ -80,6 +82,7 @@ def kd_loss_rows(
             gradient,
             gradient.stride(0) if gradient is not None else 0,
             gradient.stride(1) if gradient is not None else 0,
+            parts,
             inner,
             vocab_size,
             min(vocab_size, teacher.shape[-1]) if dense else 0,
@@ -94,11 +97,14 @@ def kd_loss_rows(
             z_loss,
             DIVERGENCE=divergence,
             KIND=kind,
-            HARD=hard > 0,
+            HARD=hard > 0 or (parts is not None and labels is not None),
             TEMPERATURE=int(temperature) if temperature in (1, 2) else 0,
             SMOOTH=label_smoothing > 0,
             GRADIENT=gradient is not None,
             LABELS=labels is not None,
+            PARTS=parts is not None,
+            SOFT_COUNTS=soft > 0 and kind != KINDS["none"],
+            HARD_COUNTS=hard > 0,
             RESIDENT=resident,
             LISTED=max(16, triton.next_power_of_2(k)),
             BLOCK=block,
@@ -140,19 +146,23 @@ def compile_cases() -> Iterator[tuple]:
     numbers = "floor hard soft inverse_temperature inverse_teacher_temperature beta label_smoothing z_loss".split()
     strides = [name for name in kd_loss_kernel.arg_names if name.endswith("stride")]
 
-    def case(dtype, kind, divergence, vocab_size, *, k=1, temperature=2, smooth=False, teacher_dtype=None):
+    def case(
+        dtype, kind, divergence, vocab_size, *, k=1, temperature=2, smooth=False, teacher_dtype=None, parts=False
+    ):  # fmt: skip
         element = {"fp32": 4, "bf16": 2, "fp16": 2}
         dense, sparse = kind == "dense", kind in ("uniform", "prior", "drop")
         row_bytes = vocab_size * (element[dtype] + (element[teacher_dtype or dtype] if dense else 0))
-        block, warps, resident = tile(vocab_size, row_bytes, divergence >= (3 if dense else 2))
+        block, warps, resident = tile(vocab_size, row_bytes, divergence >= (3 if dense else 2), parts)
         pointers = {"student": dtype, "labels": "i64", "coefficient": "fp32", "losses": "fp32", "gradient": dtype}
         pointers |= {"teacher": teacher_dtype or dtype} if dense else {}
         pointers |= {"ids": "i64", "listed": "fp32"} if sparse else {}
+        pointers |= {"parts": "fp32"} if parts else {}
         constants = {
             "DIVERGENCE": divergence, "KIND": KINDS[kind], "HARD": True, "TEMPERATURE": temperature, "SMOOTH": smooth,
-            "GRADIENT": True, "LABELS": True, "RESIDENT": resident, "LISTED": triton.next_power_of_2(k), "BLOCK": block,
+            "GRADIENT": True, "LABELS": True, "PARTS": parts, "SOFT_COUNTS": kind != "none", "HARD_COUNTS": True,
+            "RESIDENT": resident, "LISTED": triton.next_power_of_2(k), "BLOCK": block,
         }  # fmt: skip
-        constants |= {name: None for name in ("teacher", "ids", "listed") if name not in pointers}
+        constants |= {name: None for name in ("teacher", "ids", "listed", "parts") if name not in pointers}
         signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(numbers, "fp32")
         signature |= dict.fromkeys(strides, "i64")
         signature |= dict.fromkeys(("inner", "vocab_size", "shared_size", "k"), "i32")
@@ -170,6 +180,8 @@ def compile_cases() -> Iterator[tuple]:
         for vocab_size in (8000, 32000, 128256):
             yield case("bf16", "uniform", divergence, vocab_size, k=64, smooth=True)
             yield case("fp32", "prior", divergence, vocab_size, k=256)
+        yield case("bf16", "dense", divergence, 128256, parts=True)
+        yield case("fp32", "uniform", divergence, 32000, k=64, parts=True)
     yield case("bf16", "drop", 1, 32000, k=64)
     signature = {"gradient": "*bf16", "outer_stride": "i64", "stride": "i64", "scales": "*fp32", "inner": "i32"}
     yield _scale_rows_kernel, signature | {"width": "i32"}, {"BLOCK": 4096}, 4

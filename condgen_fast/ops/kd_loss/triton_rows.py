@@ -17,9 +17,12 @@ from condgen_fast.ops.kd_loss.triton_terms import (
     REVERSE_KL,
     TVD,
     UNIFORM,
+    entropy_sum,
     finite_or_zero,
+    first_of,
     gradient_entries,
     listed_distribution,
+    most_probable,
     sums,
     terms,
 )
@@ -42,6 +45,7 @@ def kd_loss_kernel(
     gradient,  # [A, B, V] with the strides of the student if it is the student, else contiguous; or None
     gradient_outer_stride,
     gradient_stride,
+    parts,  # [N, 8] or None: PARTS of the row
     inner,  # B
     vocab_size,  # V
     shared_size,  # W = min(V, V'): beyond it the teacher is -inf
@@ -61,6 +65,9 @@ def kd_loss_kernel(
     SMOOTH: tl.constexpr,
     GRADIENT: tl.constexpr,
     LABELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOFT_COUNTS: tl.constexpr,  # the teacher for the loss, not for the parts alone
+    HARD_COUNTS: tl.constexpr,
     RESIDENT: tl.constexpr,  # the row is one tile, read once
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -79,6 +86,8 @@ def kd_loss_kernel(
         gradient += (row // inner) * gradient_outer_stride + (row % inner) * gradient_stride
     if factor == 0:
         tl.store(losses + row, 0.0)
+        if PARTS:
+            tl.store(parts + row * 8 + tl.arange(0, 8), tl.zeros([8], tl.float32))
         if GRADIENT:
             for start in range(0, vocab_size, BLOCK):
                 column = start + columns
@@ -120,6 +129,7 @@ def kd_loss_kernel(
     # --- The sums, relative to the highest logits so far
     s_highest, t_highest = NONE, NONE
     s_sum, hard_sum, x_sum, gone, t_sum, dot = 0.0, 0.0, 0.0, 0, 0.0, 0.0
+    s_dot, t_dot, s_chosen, t_chosen = 0.0, 0.0, -1, -1
     if RESIDENT:
         inside = columns < vocab_size
         s = tl.load(student + columns, mask=inside, other=NONE)
@@ -132,6 +142,12 @@ def kd_loss_kernel(
             s, t, inside, finite_or_zero(s_highest), finite_or_zero(t_highest), s_factor, t_factor,
             DIVERGENCE, KIND, HARD, TEMPERATURE, LINEAR,
         )  # fmt: skip
+        if PARTS:
+            s_dot = entropy_sum(s, finite_or_zero(s_highest), s_factor)
+            s_chosen = tl.where(s_highest == NONE, -1, first_of(s, s_highest, columns))
+            if KIND == DENSE:
+                t_dot = entropy_sum(t, finite_or_zero(t_highest), t_factor)
+                t_chosen = tl.where(t_highest == NONE, -1, first_of(t, t_highest, columns))
     else:
         for start in range(0, vocab_size, BLOCK):
             column = start + columns
@@ -154,6 +170,14 @@ def kd_loss_kernel(
                 s, t, inside, finite_or_zero(s_highest), finite_or_zero(t_highest), s_factor, t_factor,
                 DIVERGENCE, KIND, HARD, TEMPERATURE, LINEAR,
             )  # fmt: skip
+            if PARTS:
+                s_shift = finite_or_zero(s_highest)
+                s_dot = (s_dot + s_sum * z_moved) * s_scale + entropy_sum(s, s_shift, s_factor)
+                s_chosen = tl.where(s_highest > s_before, first_of(s, s_highest, column), s_chosen)
+                if KIND == DENSE:
+                    t_shift = finite_or_zero(t_highest)
+                    t_dot = (t_dot + t_sum * y_moved) * t_scale + entropy_sum(t, t_shift, t_factor)
+                    t_chosen = tl.where(t_highest > t_before, first_of(t, t_highest, column), t_chosen)
             if DIVERGENCE == CROSS_ENTROPY:
                 dot = (dot + t_sum * z_moved) * t_scale + more_dot
             elif DIVERGENCE == FORWARD_KL:
@@ -244,8 +268,8 @@ def kd_loss_kernel(
             ratio = divergence
 
     # --- The loss
-    loss = 0.0
-    if SOFT:
+    loss, nll = 0.0, 0.0
+    if SOFT_COUNTS:
         loss = soft * divergence
     lse = s_shift + LN_2 * hard_log2
     gold = 0.0
@@ -256,8 +280,35 @@ def kd_loss_kernel(
             even_nll = LN_2 * hard_log2 - x_sum / vocab_size
             nll += label_smoothing * tl.where(gone > 0, float("inf"), even_nll)
         nll += tl.where(z_loss > 0, z_loss * lse * lse, 0.0)
-        loss += hard * tl.where(dead, float("inf"), nll)
+        nll = tl.where(dead, float("inf"), nll)
+    if HARD_COUNTS:
+        loss += hard * nll
     tl.store(losses + row, tl.where(wrong, float("nan"), factor * loss))
+
+    if PARTS:
+        t_lse, t_entropy = 0.0, 0.0
+        if KIND == DENSE:
+            empty = t_sum == 0
+            t_lse = tl.where(empty, NONE, t_shift * inverse_teacher_temperature + LN_2 * t_log2)
+            t_entropy = tl.where(empty, 0.0, LN_2 * (t_log2 - t_dot / t_sum))
+        elif SPARSE:
+            empty = mass == 0
+            t_lse = tl.where(empty, NONE, LN_2 * tl.log2(mass))
+            t_entropy = -LN_2 * tl.sum(tl.where(q_k == 0, 0.0, q_k * log2_q_k))
+            t_entropy -= tl.where(floor_q == 0, 0.0, LN_2 * floor_q * floor_log2 * others)
+            t_chosen = tl.where(empty, -1, most_probable(token, q_k, here, floor_q, others, k))
+        into = parts + row * 8
+        tl.store(into, tl.where(wrong, float("nan"), nll))
+        tl.store(into + 1, tl.where(wrong, float("nan"), divergence))
+        tl.store(into + 2, tl.where(dead, NONE, s_shift * inverse_temperature + LN_2 * s_log2))
+        tl.store(into + 3, t_lse)
+        tl.store(into + 4, tl.where(dead, 0.0, LN_2 * (s_log2 - s_dot / s_sum)))
+        tl.store(into + 5, t_entropy)
+        tl.store(into + 6, tl.where((t_chosen == s_chosen) & (t_chosen >= 0), 1.0, 0.0))
+        right = 0.0
+        if LABELS:
+            right = tl.where((s_chosen == label) & (s_chosen >= 0), 1.0, 0.0)
+        tl.store(into + 7, right)
 
     # --- The gradient
     if GRADIENT:
@@ -269,14 +320,14 @@ def kd_loss_kernel(
         if TEMPERATURE == 2:
             hard_scale *= tl.exp2(2 * s_log2 - hard_log2)
         gold_log2 = floor_log2
-        if KIND == DENSE and HARD:
+        if KIND == DENSE and HARD_COUNTS:
             t_gold = tl.load(teacher + safe, mask=safe < shared_size, other=NONE).to(tl.float32)
             gold_log2 = (t_gold - t_shift) * t_factor - t_log2
         g_k = 0.0
-        if SPARSE:
+        if SPARSE and SOFT_COUNTS:
             g_k = gradient_entries(
                 s_k, log2_q_k, s_shift, s_factor, s_log2, hard_log2, mass, ratio, beta, scale, hard_scale, even,
-                DIVERGENCE, SOFT, HARD, TEMPERATURE,
+                DIVERGENCE, SOFT_COUNTS, HARD_COUNTS, TEMPERATURE,
             )  # fmt: skip
         for step in range(0, tiles):
             if RESIDENT:
@@ -294,19 +345,19 @@ def kd_loss_kernel(
                 log2_q = (t.to(tl.float32) - t_shift) * t_factor - t_log2
             g = gradient_entries(
                 s, log2_q, s_shift, s_factor, s_log2, hard_log2, mass, ratio, beta, scale, hard_scale, even,
-                DIVERGENCE, SOFT, HARD, TEMPERATURE,
+                DIVERGENCE, SOFT_COUNTS, HARD_COUNTS, TEMPERATURE,
             )  # fmt: skip
             tl.store(gradient + column, g.to(gradient.dtype.element_ty), mask=column < vocab_size, cache_modifier=".cs")
         # The label's entry, then those of listed tokens, over what the sweep wrote
-        if HARD:
+        if HARD_COUNTS:
             g = gradient_entries(
                 gold, gold_log2, s_shift, s_factor, s_log2, hard_log2, mass, ratio, beta, scale, hard_scale, even,
-                DIVERGENCE, SOFT, HARD, TEMPERATURE,
+                DIVERGENCE, SOFT_COUNTS, HARD_COUNTS, TEMPERATURE,
             )  # fmt: skip
             tl.debug_barrier()
             tl.store(gradient + safe, (g - at_label).to(gradient.dtype.element_ty))
-        if SPARSE:
-            if HARD:
+        if SPARSE and SOFT_COUNTS:
+            if HARD_COUNTS:
                 g_k = tl.where(token == safe, g_k - at_label, g_k)
             tl.debug_barrier()
             tl.store(gradient + token, g_k.to(gradient.dtype.element_ty), mask=here)

@@ -91,6 +91,33 @@ def sums(
 
 
 @triton.jit
+def entropy_sum(logits, shift, factor):
+    """Sum over a tile of e * log2(e), with e = 2^((logits - shift) * factor)."""
+    z = (logits.to(tl.float32) - shift) * factor
+    e = tl.exp2(z)
+    return tl.sum(tl.where(e == 0, 0.0, e * z))
+
+
+@triton.jit
+def first_of(logits, highest, column):
+    """The first column of a tile with the highest logit."""
+    return tl.min(tl.where(logits.to(tl.float32) == highest, column, 2147483647))
+
+
+@triton.jit
+def most_probable(token, q_k, here, floor_q, others, k):
+    """The first of the most probable tokens of a listed teacher."""
+    highest = tl.max(tl.where(here, q_k, 0.0))
+    found = tl.min(tl.where(here & (q_k == highest), token, 2147483647))
+    if (others > 0) & (floor_q >= highest):  # the first token that is not listed below the floor
+        found = found * 0
+        for _ in range(0, k):
+            below = tl.sum((here & (token == found) & (q_k < floor_q)).to(tl.int32))
+            found = tl.where(below > 0, found + 1, found)
+    return found
+
+
+@triton.jit
 def derivative(log2_p, p, log2_q, q, beta, DIVERGENCE: tl.constexpr):
     """Of the divergence with respect to p, up to a constant."""
     if DIVERGENCE == REVERSE_KL:
