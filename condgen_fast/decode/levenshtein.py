@@ -170,17 +170,23 @@ class LevenshteinRefinement:
         """The first two policies -> bool [R], rows that neither touched, and int64 [R], placeholders inserted."""
         ids = {name: getattr(model, name) for name in ("pad_id", "bos_id", "eos_id", "mask_id")}
         now.earlier, now.before, now.before_log_probs = now.before, now.tokens, now.log_probs
-        begun = now.lengths
+        begun, states = now.lengths, None
         if now.tokens.shape[1] > 2:
-            logits = model.delete_logits(now.tokens, now.memory)
+            if getattr(model, "shares_edit_states", False):
+                states = model.edit_states(now.tokens, now.memory)
+                logits = model.delete_head(states)
+            else:
+                logits = model.delete_logits(now.tokens, now.memory)
             delete = (logits[..., 1] > logits[..., 0]) & now.inside() & ~now.settled[:, None]
             if recorder:
                 recorder.record(iteration, "delete", active, now.tokens, now.log_probs, delete)
             edited = apply_edits(now.tokens, delete=delete, scores=now.log_probs, **ids)
             now.tokens, now.log_probs, now.lengths = edited.tokens, edited.scores, edited.lengths
+            if states is not None:
+                states = self._states_after_deletions(model, now, states, delete.any(1))
         kept = now.lengths
 
-        logits = model.insert_logits(now.tokens, now.memory)
+        logits = model.insert_logits(now.tokens, now.memory) if states is None else model.insert_head(states)
         if self.eos_penalty:
             logits = logits - self.eos_penalty * (torch.arange(logits.shape[-1], device=logits.device) == 0)
         insert = row_stats(logits).token * ~now.settled[:, None]
@@ -189,6 +195,19 @@ class LevenshteinRefinement:
         edited = apply_edits(now.tokens, insert=insert, scores=now.log_probs, max_length=width, **ids)
         now.tokens, now.log_probs, now.lengths = edited.tokens, edited.scores, edited.lengths
         return (now.lengths == kept) & (kept == begun), now.lengths - kept
+
+    @staticmethod
+    def _states_after_deletions(model: EditModel, now: _Sentences, states: Tensor, edited: Tensor) -> Tensor:
+        """Of states [R, W, D] of the canvases before the deletions, those of the edited rows [R] computed anew."""
+        if edited.device.type != "cpu":  # there it costs more to know which than to compute them all
+            return model.edit_states(now.tokens, now.memory)
+        index = edited.nonzero().squeeze(1)
+        if len(index) == 0:
+            return states
+        if len(index) == len(edited):
+            return model.edit_states(now.tokens, now.memory)
+        fresh = model.edit_states(now.tokens[index], model.select(now.memory, index))
+        return states.index_copy(0, index, fresh)
 
     def _fill(
         self,

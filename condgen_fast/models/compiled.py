@@ -35,7 +35,7 @@ def stands_in(*modules: nn.Module) -> bool:
             return False
         if type(part) not in _TORCH and type(part).__module__ != "condgen_fast.models.layers":
             return False
-        if not all(_fits(value) for value in part.parameters(recurse=False)):
+        if not all(fits(value) for value in part.parameters(recurse=False)):
             return False
     return True
 
@@ -43,13 +43,13 @@ def stands_in(*modules: nn.Module) -> bool:
 _TORCH = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Identity, nn.ModuleList)
 
 
-def _fits(value: Tensor) -> bool:
+def fits(value: Tensor) -> bool:
     return value.dtype in _DTYPES and value.device.type == "cpu" and value.is_contiguous()
 
 
 def encode(encoder: Encoder, source: Tensor, lengths: Tensor) -> Tensor:
     """States [B, S, D] of source [B, S] int64 with lengths [B], 0 beyond them."""
-    weights, config = _listed(encoder.embedding, encoder.layers, encoder.norm), encoder.config
+    weights, config = listed(encoder.embedding, encoder.layers, encoder.norm), encoder.config
     states = ops.transformer_pass(
         source, lengths.long(), [], lengths.long(), weights,
         heads=config.heads, norm_first=config.norm == "pre", gelu=config.activation == "gelu",
@@ -78,10 +78,10 @@ class CompiledState:
     @classmethod
     def start(cls, model: EncoderDecoder, memory: Memory, beam_size: int) -> CompiledState:
         decoder = model.decoder
-        weights = [*_listed(decoder.embedding, decoder.layers, decoder.norm), model.output_weight]
+        weights = [*listed(decoder.embedding, decoder.layers, decoder.norm), model.output_weight]
         lengths = memory.mask.sum(1)
         slots = torch.empty(len(lengths) * beam_size, 0, dtype=torch.int32)
-        return cls(memory, beam_size, lengths, _cross(memory), slots, [], weights)
+        return cls(memory, beam_size, lengths, cross_of(memory), slots, [], weights)
 
     def step(self, model: EncoderDecoder, tokens: Tensor) -> tuple[Tensor, CompiledState]:
         config, cache = model.config, self.cache
@@ -108,14 +108,14 @@ class CompiledState:
         """rows [R] -> the state of those sentences; their tokens stay where they are in the cache."""
         memory = self.memory.select(rows)
         slots = self.slots.view(-1, self.beam_size, self.slots.shape[1]).index_select(0, rows).flatten(0, 1)
-        return replace(self, memory=memory, lengths=self.lengths[rows], cross=_cross(memory), slots=slots)
+        return replace(self, memory=memory, lengths=self.lengths[rows], cross=cross_of(memory), slots=slots)
 
 
-def _cross(memory: Memory) -> list[Tensor]:
+def cross_of(memory: Memory) -> list[Tensor]:
     return [tensor.float() for pair in memory.cross for tensor in pair]
 
 
-def _listed(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> list[Tensor]:
+def listed(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> list[Tensor]:
     """A stack's tensors in the order of `ops/transformer`."""
     weights = [embedding.tokens.weight, embedding.positions.contiguous()]
     for layer in layers:

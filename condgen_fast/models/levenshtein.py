@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from condgen_fast.models.layers import Decoder, EncoderDecoder, KeyValue, Memory, TransformerConfig
+from condgen_fast.models.canvas import CanvasPass, head, linear
+from condgen_fast.models.layers import Decoder, EncoderDecoder, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,16 @@ class LevenshteinConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
-class EditMemory(Memory):
-    """A memory that also holds the cross-attention keys of the deletion and the placeholder decoder."""
+class EditMemory:
+    """A memory for each head; heads that read the same layers of the same decoder share one."""
 
-    deletion_cross: list[KeyValue]
-    insertion_cross: list[KeyValue]
+    token: CanvasPass
+    deletion: CanvasPass
+    insertion: CanvasPass
 
     def select(self, rows: Tensor) -> EditMemory:
-        base = super().select(rows)
-        shared = self.deletion_cross is self.cross
-        return EditMemory(
-            base.states,
-            base.mask,
-            base.cross,
-            base.cross if shared else [kv.select(rows) for kv in self.deletion_cross],
-            base.cross if shared else [kv.select(rows) for kv in self.insertion_cross],
-        )
+        chosen = {id(each): each.select(rows) for each in (self.token, self.deletion, self.insertion)}
+        return EditMemory(*(chosen[id(each)] for each in (self.token, self.deletion, self.insertion)))
 
 
 class LevenshteinTransformer(EncoderDecoder):
@@ -64,32 +59,54 @@ class LevenshteinTransformer(EncoderDecoder):
             )
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> EditMemory:
-        memory = super().encode(source, source_lengths)
-        if self.config.share_decoder:
-            return EditMemory(memory.states, memory.mask, memory.cross, memory.cross, memory.cross)
-        return EditMemory(
-            memory.states,
-            memory.mask,
-            memory.cross,
-            self.deletion_decoder.remember(memory.states),
-            self.insertion_decoder.remember(memory.states),
-        )
+        source_memory = super().encode(source, source_lengths)
+        token = CanvasPass.start(self.decoder, None, source_memory)
+
+        def start(decoder: Decoder | None, depth: int | None) -> CanvasPass:
+            if decoder is None:
+                whole = depth in (None, self.config.decoder_layers)
+                return token if whole else CanvasPass.start(self.decoder, depth, source_memory)
+            return CanvasPass.start(decoder, None, replace(source_memory, cross=decoder.remember(source_memory.states)))
+
+        deletion = start(self.deletion_decoder, self.config.deletion_layers)
+        if self.shares_edit_states:
+            return EditMemory(token, deletion, deletion)
+        return EditMemory(token, deletion, start(self.insertion_decoder, self.config.insertion_layers))
+
+    @property
+    def shares_edit_states(self) -> bool:
+        """Whether the deletion and the placeholder head read the same states of a canvas."""
+        config = self.config
+        depths = {depth or config.decoder_layers for depth in (config.deletion_layers, config.insertion_layers)}
+        return config.share_decoder and len(depths) == 1
+
+    def edit_states(self, tokens: Tensor, memory: EditMemory) -> Tensor:
+        """canvas [B, L] -> states [B, L, D] that, where `shares_edit_states`, both heads read."""
+        return memory.deletion.states(self, tokens)
+
+    def delete_head(self, states: Tensor) -> Tensor:
+        """states [B, L, D] -> [B, L, 2], class 1 = delete."""
+        return head(self.deletion_head, states)
+
+    def insert_head(self, states: Tensor) -> Tensor:
+        """states [B, L, D] -> [B, L-1, max_insert+1]: how many placeholders go between positions i and i+1."""
+        return head(self.insertion_head, torch.cat([states[:, :-1], states[:, 1:]], dim=-1))
 
     def delete_logits(self, tokens: Tensor, memory: EditMemory) -> Tensor:
         """canvas [B, L] -> [B, L, 2], class 1 = delete."""
-        decoder = self.deletion_decoder or self.decoder
-        hidden = self._states(decoder, tokens, memory, memory.deletion_cross, self.config.deletion_layers)
-        return self.deletion_head(hidden)
+        return self.delete_head(memory.deletion.states(self, tokens))
 
     def insert_logits(self, tokens: Tensor, memory: EditMemory) -> Tensor:
         """canvas [B, L] -> [B, L-1, max_insert+1]: how many placeholders go between positions i and i+1."""
-        decoder = self.insertion_decoder or self.decoder
-        hidden = self._states(decoder, tokens, memory, memory.insertion_cross, self.config.insertion_layers)
-        return self.insertion_head(torch.cat([hidden[:, :-1], hidden[:, 1:]], dim=-1))
+        return self.insert_head(memory.insertion.states(self, tokens))
 
     def fill_states(self, tokens: Tensor, memory: EditMemory) -> Tensor:
         """Decoder states [B, L, D] that `project` turns into token logits."""
-        return self._states(self.decoder, tokens, memory, memory.cross, None)
+        return memory.token.states(self, tokens)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V]."""
+        return linear(hidden, self.output_weight)
 
     def fill(self, tokens: Tensor, memory: EditMemory) -> Tensor:
         """canvas [B, L] with placeholders -> logits [B, L, V] of every position."""
@@ -98,12 +115,6 @@ class LevenshteinTransformer(EncoderDecoder):
     def select(self, memory: EditMemory, rows: Tensor) -> EditMemory:
         """rows [R], repeats allowed -> the memory of those sentences."""
         return memory.select(rows)
-
-    def _states(
-        self, decoder: Decoder, tokens: Tensor, memory: Memory, cross: list[KeyValue], depth: int | None
-    ) -> Tensor:
-        mask = (tokens != self.pad_id)[:, None, None, :]
-        return decoder(tokens, Memory(memory.states, memory.mask, cross), mask, causal=False, depth=depth)
 
 
 def _with_layers(config: LevenshteinConfig, layers: int | None) -> LevenshteinConfig:
