@@ -36,7 +36,10 @@ _STRATEGIES = {
     "insert": ("insertion", "InsertionDecoding"),
     "block_diffusion": ("block_diffusion", "BlockDiffusion"),
 }
-_CLASSES = {class_name: module for module, class_name in _STRATEGIES.values()} | {"adapt": "hugging_face"}
+_CLASSES = {class_name: module for module, class_name in _STRATEGIES.values()} | {
+    "adapt": "hugging_face",
+    "Rescored": "rescoring",
+}
 
 __all__ = [
     "BeamSearch",
@@ -51,6 +54,7 @@ __all__ = [
     "LevenshteinRefinement",
     "MaskPredict",
     "MaskedModel",
+    "Rescored",
     "Sampling",
     "StepModel",
     "adapt",

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from condgen_fast._check import check_number
+from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.canvas import between, hypotheses, mean_log_prob, predict, true_positions
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
@@ -20,7 +20,7 @@ from condgen_fast.ops.refinement import remask
 class MaskPredict:
     """Decoding of a `FillModel` in a constant number of rounds.
 
-    Each of the `length_beam` most probable target lengths N of a sentence gets a canvas of N masks. Round 0 predicts
+    Each of `length_beam` target lengths N of a sentence gets a canvas of N masks. Round 0 predicts
     all of them; round t = 1 … iterations-1 masks the floor(N·(iterations−t)/iterations) tokens of lowest
     log-probability again (ties: the lower position) and predicts them anew, while every other token keeps the
     log-probability of the round that wrote it. The candidate of highest mean log-probability is returned (ties: the
@@ -39,6 +39,9 @@ class MaskPredict:
     iterations: int = 10
     # Candidate lengths per sentence; a length that does not fit the model's positions is no candidate.
     length_beam: int = 5
+    # Which lengths these are: "top", the most probable ones, or "window", the most probable one and its neighbours
+    # (fairseq's length beam; of an even number one more is shorter than longer).
+    length_candidates: str = "top"
     # Candidates returned per sentence, best first; at most length_beam.
     n_best: int = 1
     # Tokens masked again in every round at least, whatever the schedule says; the published code has 1.
@@ -49,6 +52,7 @@ class MaskPredict:
     def __post_init__(self) -> None:
         check_number(self.iterations, "iterations", minimum=1, integer=True)
         check_number(self.length_beam, "length_beam", minimum=1, integer=True)
+        check_choice(self.length_candidates, "length_candidates", ("top", "window"))
         check_number(self.n_best, "n_best", minimum=1, maximum=self.length_beam, integer=True)
         check_number(self.min_remasked, "min_remasked", minimum=0, integer=True)
 
@@ -117,7 +121,7 @@ class MaskPredict:
         return max(length * (self.iterations - t) // self.iterations, min(self.min_remasked, length))
 
     def _candidate_lengths(self, model: FillModel, memory: object) -> tuple[Tensor, Tensor]:
-        """The most probable lengths [B, K], best first (ties: the shorter), and whether each is possible at all."""
+        """The lengths [B, K] to try, the most probable first (ties: the shorter), and whether each is possible."""
         logits = model.length_logits(memory)[:, 1:]  # of lengths 1, 2, …
         longest = getattr(model, "max_positions", None)
         if longest is not None:
@@ -128,7 +132,15 @@ class MaskPredict:
             )
         logits = logits.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         # Places beyond the lengths there are, so that a result always has n_best hypotheses.
-        logits = torch.nn.functional.pad(logits, (0, max(self.length_beam - logits.shape[1], 0)), value=-torch.inf)
+        missing = max(self.length_beam - logits.shape[1], 0)
+        logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         values, order = logits.sort(dim=1, descending=True, stable=True)
-        possible = values[:, : self.length_beam] > -torch.inf
-        return (order[:, : self.length_beam] + 1).masked_fill(~possible, 1), possible
+        values, order = values[:, : self.length_beam], order[:, : self.length_beam]
+        if self.length_candidates == "window":
+            shifts = sorted(range(-(self.length_beam // 2), (self.length_beam + 1) // 2), key=abs)
+            order = order[:, :1] + torch.tensor(shifts, device=order.device)
+            inside = (order >= 0) & (order < logits.shape[1])
+            order = order.clamp(0, logits.shape[1] - 1)
+            values = logits.gather(1, order).masked_fill(~inside, -torch.inf)
+        possible = values > -torch.inf
+        return (order + 1).masked_fill(~possible, 1), possible

@@ -174,6 +174,31 @@ def test_the_candidate_of_highest_mean_log_probability_wins():
     assert decode(model, [[1]], MaskPredict(iterations=2, length_beam=1)).lengths.tolist() == [[4]]
 
 
+@pytest.mark.parametrize(("beam", "expected"), [(1, [6]), (2, [6, 5]), (4, [6, 5, 7, 4]), (5, [6, 5, 7, 4, 8])])
+def test_a_window_of_lengths_round_the_best(beam, expected):
+    quality = dict.fromkeys(range(1, 40), 0.5)
+    lengths = {6: 0.4, 12: 0.3, 2: 0.2} | dict.fromkeys((1, 3, 4, 5, 7, 8, 9, 10, 11), 0.01)
+    model = ScriptedModel(50, fill=by_length(quality), lengths=lambda s: lengths)
+    strategy = MaskPredict(length_beam=beam, n_best=beam, length_candidates="window")
+    assert sorted(decode(model, [[1]], strategy).lengths[0].tolist()) == sorted(expected)
+    top = MaskPredict(length_beam=3, n_best=3)
+    assert decode(model, [[1]], top).lengths.tolist() == [[6, 12, 2]]
+
+
+def test_a_window_ends_at_length_1_and_at_the_position_table():
+    def window(best: int, **options) -> list[int]:
+        lengths = dict.fromkeys(range(1, 40), 0.01) | {best: 0.6}
+        model = ScriptedModel(
+            50, fill=by_length(dict.fromkeys(range(1, 40), 0.5)), lengths=lambda s: lengths, **options
+        )
+        strategy = MaskPredict(length_beam=5, n_best=5, length_candidates="window")
+        return sorted(decode(model, [[1]], strategy).lengths[0].tolist())
+
+    assert window(1) == [0, 0, 1, 2, 3]
+    assert window(39) == [0, 0, 37, 38, 39]
+    assert window(7, max_positions=10) == [0, 5, 6, 7, 8]
+
+
 def test_equal_candidates_and_lengths_are_ordered():
     model = ScriptedModel(
         50, fill=by_length(dict.fromkeys(range(1, 40), 0.5)), lengths=lambda s: {7: 0.2, 3: 0.2, 5: 0.6}
@@ -264,6 +289,7 @@ def test_nothing_of_the_model_is_written_to():
         ({"iterations": 2.5}, TypeError, "iterations must be an int; got float"),
         ({"length_beam": 0}, ValueError, "length_beam must be >= 1"),
         ({"n_best": 6}, ValueError, r"n_best must be in \[1, 5\]; got 6"),
+        ({"length_candidates": "best"}, ValueError, "length_candidates must be 'top' or 'window'; got 'best'"),
         ({"min_remasked": -1}, ValueError, "min_remasked must be >= 0"),
         ({"length_beams": 2}, ValueError, "did you mean 'length_beam'"),
     ],
