@@ -185,8 +185,10 @@ class Group {
 
   // The script of every lane: see trace_back.h for its rule.
   void align() {
+    bool subsequences = true;
+    for (int lane = 0; lane < kLanes && subsequences; ++lane) subsequences = align_subsequence(lane);
+    if (subsequences) return;
     match();
-    if (align_subsequences()) return;
     run_lcs();
     trace_back();
   }
@@ -263,38 +265,44 @@ class Group {
     }
   }
 
-  // If every x is a subsequence of its y, the leftmost match is the script that the tie rule picks: every token is kept
-  // as early as can be. True if so.
-  bool align_subsequences() {
-    Lanes open[kWords];  // the tokens of y behind those matched; none once a token has found no match
-    all_of_y(open);
-    for (int w = 0; w < kWords; ++w) kept_y_[w] = Lanes{};
-    for (int64_t i = 0; i < rows_used_; ++i) {
-      LaneMask found = {};
-      for (int w = 0; w < kWords; ++w) {
-        const Lanes match = rows_[i + 1][w] & open[w];
-        kept_y_[w] |= match & -match & ~(Lanes)found;
-        open[w] &= ~(match ^ (match - 1)) | (Lanes)found;
-        found |= match != 0;
+  // Whether x is a subsequence of y. If so its leftmost match is the script that the tie rule picks: every token is
+  // kept as early as can be. Looks at 32 tokens of y at a time.
+  bool align_subsequence(int lane) {
+    const int64_t m = x_length_[lane], n = y_length_[lane];
+    uint64_t kept[kWords] = {};
+    int64_t i = 0;
+    for (int64_t base = 0; i < m; base += 32) {
+      if (n - base < m - i) return false;
+      const Window window(y_[lane] + base);
+      auto open = static_cast<uint32_t>(low_bits(n - base));  // behind the last match
+      uint32_t found = 0;
+      while (i < m) {
+        const uint32_t match = window.match(x_[lane][i]) & open;
+        if (match == 0) break;
+        found |= match & -match;
+        open &= ~(match ^ (match - 1));
+        ++i;
       }
-      if (i % 4 == 3) {
-        bool any = false;
-        for (int lane = 0; lane < kLanes; ++lane) any |= found[lane] != 0;
-        if (!any) return false;
-      }
+      kept[base / 64] |= uint64_t{found} << (base % 64);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      int64_t kept = 0;
-      for (int w = 0; w < kWords; ++w) kept += popcount(kept_y_[w][lane]);
-      if (kept != x_length_[lane]) return false;
-    }
-    for (int w = 0; w < kRowWords; ++w) {
-      uint64_t bits[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) bits[lane] = low_bits_of_word(x_length_[lane], w);
-      std::memcpy(&kept_x_[w], bits, sizeof(bits));
-    }
+    for (int w = 0; w < kWords; ++w) reinterpret_cast<uint64_t*>(&kept_y_[w])[lane] = kept[w];
+    for (int w = 0; w < kRowWords; ++w) reinterpret_cast<uint64_t*>(&kept_x_[w])[lane] = low_bits_of_word(m, w);
     return true;
   }
+
+  struct Window {  // 32 tokens in registers
+    explicit Window(const Code* y) { std::memcpy(tokens, y, sizeof(tokens)); }
+    uint32_t match(Code token) const {
+      auto bits = static_cast<uint32_t>(match_word<32>(Code{}, broadcast(token), tokens));
+      asm("" : "+r"(bits));  // or GCC goes on in mask registers, whose moves take longer than all else
+      return bits;
+    }
+#if defined(__SSE2__)
+    Register tokens[32 * sizeof(Code) / sizeof(Register)];
+#else
+    Code tokens[32];
+#endif
+  };
 
   // Turns the masks into the rows of the LCS table: V' = (V + (V & M)) | (V & ~M).
   void run_lcs() {
