@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "beam_search/trie.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -28,4 +30,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What was built -> {version, compiler, torch (built against), cpu_capabilities, cuda (nvcc's version or None), "
         "cuda_architectures}.");
+
+  using condgen_fast::beam_search::Trie;
+  py::class_<Trie>(m, "Trie", "The tree of the common beginnings of token sequences; node 0 is the root.")
+      .def(py::init<const std::vector<std::vector<int64_t>>&>(), py::arg("sequences"))
+      .def_readonly("parents", &Trie::parents, "Node that each edge leaves; edge e leads to node e + 1.")
+      .def_readonly("tokens", &Trie::tokens, "Token of each edge.")
+      .def_readonly("finals", &Trie::finals, "Nodes that a sequence ends at, each once.");
 }

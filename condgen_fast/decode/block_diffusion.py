@@ -13,7 +13,7 @@ from condgen_fast.decode.canvas import PROJECTED_ROWS, mean_log_prob
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.left_to_right import check_due, never_generated, worth_leaving
 from condgen_fast.decode.protocols import MaskedModel
-from condgen_fast.decode.sampling import _mixed as mixed
+from condgen_fast.decode.sampling import mixed
 from condgen_fast.decode.trace import Recorder
 from condgen_fast.ops.refinement import RowStats, commit, row_stats
 
@@ -215,7 +215,10 @@ class BlockDiffusion:
         open_ = (canvas == model.mask_id) & (window < end[:, None])
 
         # On the CPU only masks are projected; elsewhere counting them would wait for the device.
-        where = open_.flatten().nonzero()[:, 0] if device.type == "cpu" else torch.arange(open_.numel(), device=device)
+        if _counted_by_host(device):
+            where = open_.flatten().nonzero()[:, 0]
+        else:
+            where = torch.arange(open_.numel(), device=device)
         if now.prefix is not None:
             states, project = model.extend(canvas, start, now.prefix), model.project
             places = torch.arange(open_.numel(), device=device)
@@ -305,3 +308,8 @@ class BlockDiffusion:
             iterations=passes,
             trace=recorder.traces(list(range(len(tokens))), passes.tolist()) if recorder else None,
         )
+
+
+def _counted_by_host(device: torch.device) -> bool:
+    """Whether the host may ask how many positions there are without waiting for the device."""
+    return device.type == "cpu"

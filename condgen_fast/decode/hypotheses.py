@@ -22,6 +22,8 @@ class Hypotheses:
     iterations       [B] int64, rounds that ran for the sentence (steps, for left-to-right decoding)
     trace            what the strategy did to each sentence, round by round (`condgen_fast.decode.trace`); None unless
                      it was asked for
+    lattice          everything that a beam search kept (`condgen_fast.decode.finished.Lattice`); None unless it was
+                     asked for
     """
 
     tokens: Tensor
@@ -30,6 +32,7 @@ class Hypotheses:
     token_log_probs: Tensor
     iterations: Tensor
     trace: Any = None
+    lattice: Any = None
 
     def to_lists(self) -> list[list[list[int]]]:
         """Token ids as lists: sentence, hypothesis, token."""

@@ -46,6 +46,31 @@ def check_due(step: int, device: torch.device) -> bool:
     return device.type == "cpu" or (step + 1) % STEPS_BETWEEN_CHECKS == 0
 
 
+class Unfinished:
+    """How many sentences are not finished, as far as the host knows.
+
+    A GPU is not waited for: it is asked every few steps, and what it says is read at a later step, when it has.
+    """
+
+    def __init__(self) -> None:
+        self._answer: Tensor | None = None
+        self._event: Any = None
+
+    def count(self, done: Tensor, step: int, device: torch.device, *, ask: bool) -> int | None:
+        """`done` [R] after this step -> how many are left, or were when it was asked; None: unknown."""
+        if device.type != "cuda":
+            return int((~done).sum()) if ask else None
+        count = None
+        if self._event is not None and self._event.query():
+            count, self._event = int(self._answer), None
+        if ask and self._event is None:
+            self._answer = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._answer.copy_((~done).sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        return count
+
+
 def log_prob_of(logits: Tensor, token: int) -> Tensor:
     """log_softmax(logits)[..., token] in float32; what is NaN or not finite means the same as to `beam_topk`."""
     return (logits[..., token].float() - log_sum(logits)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)

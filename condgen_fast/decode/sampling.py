@@ -69,11 +69,11 @@ class Sampling:
 
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
         never = never_generated(model)
-        keys = self._keys(source, source_lengths)
+        keys = random_keys(source, source_lengths, self.n_samples, self.seed, self.generator)
 
         def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
             banned = never + [model.eos_id] * (step + 1 < self.min_length)
-            return self._draw(logits.float(), banned, _uniform(_mixed(keys[rows] + step)), model.eos_id)
+            return self._draw(logits.float(), banned, uniform(mixed(keys[rows] + step)), model.eos_id)
 
         return generate(
             model,
@@ -84,20 +84,6 @@ class Sampling:
             max_length=self.max_length,
             length_penalty=self.length_penalty,
         )
-
-    def _keys(self, source: Tensor, source_lengths: Tensor) -> Tensor:
-        """A stream of random numbers for each sample of each sentence, [B, n] int64."""
-        device = source.device
-        if self.seed is not None:
-            seed = torch.full((), self.seed, dtype=torch.int64, device=device)
-        else:
-            at = self.generator.device if self.generator is not None else device
-            seed = torch.randint(2**62, (), generator=self.generator, device=at).to(device)
-        positions = torch.arange(source.shape[1], device=device)
-        inside = positions < source_lengths[:, None]
-        sentence = torch.where(inside, _mixed(source + _mixed(positions)), 0).sum(1)
-        samples = torch.arange(self.n_samples, device=device)
-        return _mixed(_mixed(sentence + _mixed(seed))[:, None] + samples)
 
     def _draw(self, logits: Tensor, banned: list[int], uniform: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
         logits = torch.where(logits.isnan(), -torch.inf, logits)
@@ -126,7 +112,23 @@ class Sampling:
         return tokens, log_probs.masked_fill(nothing, -torch.inf)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def random_keys(
+    source: Tensor, source_lengths: Tensor, n: int, seed: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """A stream of random numbers for each of n draws of each sentence, [B, n] int64."""
+    device = source.device
+    if seed is not None:
+        first = torch.full((), seed, dtype=torch.int64, device=device)
+    else:
+        at = generator.device if generator is not None else device
+        first = torch.randint(2**62, (), generator=generator, device=at).to(device)
+    positions = torch.arange(source.shape[1], device=device)
+    inside = positions < source_lengths[:, None]
+    sentence = torch.where(inside, mixed(source + mixed(positions)), 0).sum(1)
+    return mixed(mixed(sentence + mixed(first))[:, None] + torch.arange(n, device=device))
+
+
+def mixed(x: Tensor) -> Tensor:
     """The output function of SplitMix64 (Steele, Lea, Flood 2014) on int64 that wraps around."""
     x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
     x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -139,6 +141,6 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _uniform(x: Tensor) -> Tensor:
+def uniform(x: Tensor) -> Tensor:
     """The upper 53 bits as float64 in [0, 1); uniform * total rounds to less than total."""
     return _shifted(x, 11).double() * 2.0**-53

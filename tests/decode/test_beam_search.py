@@ -329,7 +329,8 @@ def test_half_precision_logits():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(beam_size=0), "beam_size must be >= 1; got 0"),
+        (dict(beam_size=0), "beam_size must be in .1, 65536.; got 0"),
+        (dict(beam_size=10**9), "beam_size must be in .1, 65536.; got 1000000000"),
         (dict(n_best=6), "n_best must be at most beam_size = 5; got 6"),
         (dict(normalization="gmnt"), "normalization"),
         (dict(stopping="never"), "stopping"),
