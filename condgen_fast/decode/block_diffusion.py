@@ -227,24 +227,24 @@ class BlockDiffusion:
             states = (model.fill if project is None else model.fill_states)(now.tokens[:, :width], None)
             row = torch.arange(len(window), device=device)[:, None]
             places = (row * width + window.clamp(max=width - 1)).flatten()
-        noise = mixed(mixed(now.keys + now.passes)[:, None] + window).flatten()
+        noise = mixed(mixed(now.keys + now.passes)[:, None] + window).flatten() if self.temperature else None
         new = (window >= now.given[:, None]).flatten()
         floats = [torch.zeros(open_.numel(), device=device) for _ in range(3)]
         stats = RowStats(torch.zeros_like(places), *floats)
         for some in where.split(PROJECTED_ROWS):
             logits = states.flatten(0, 1).index_select(0, places[some])
             logits = logits if project is None else project(logits)
-            part = self._predict(model, logits, new[some], noise[some], seed)
+            part = self._predict(model, logits, new[some], None if noise is None else noise[some], seed)
             for values, found in zip(stats[:4], part[:4], strict=True):
                 values[some] = found
         stats = RowStats(*(values.view(open_.shape) for values in stats[:4]))
 
-        entered = start != now.block
-        now.planned = torch.where(entered, open_.sum(1), now.planned)
-        now.done = torch.where(entered, 0, now.done + 1)
-        now.block = start
         limit: dict[str, Any] = {"threshold": THRESHOLDS.get(self.policy) if self.threshold is None else self.threshold}
         if self.policy == "quota":
+            entered = start != now.block
+            now.planned = torch.where(entered, open_.sum(1), now.planned)
+            now.done = torch.where(entered, 0, now.done + 1)
+            now.block = start
             steps = self.steps or length
             limit = {"quota": now.planned // steps + (now.done < now.planned % steps)}
         written = commit(stats, canvas, maskable=open_, policy=self.policy, minimum=self.minimum, **limit)
@@ -260,14 +260,14 @@ class BlockDiffusion:
             now.kept = now.kept + length * (~filling & (now.tokens == model.mask_id).any(1))
         return torch.zeros_like(dropped).scatter(1, window, written.committed) & ~dropped
 
-    def _predict(self, model: MaskedModel, logits: Tensor, new: Tensor, noise: Tensor, seed: int) -> RowStats:
+    def _predict(self, model: MaskedModel, logits: Tensor, new: Tensor, noise: Tensor | None, seed: int) -> RowStats:
         """Of logits [N, V], which are changed: the tokens that may be written there and what is known of them."""
         never = {*never_generated(model), model.mask_id}
         for token in never:
             logits[:, token] = -torch.inf
         logits[:, model.eos_id].masked_fill_(~new, -torch.inf)
         draw = {}
-        if self.temperature:
+        if noise is not None:
             draw = {"generator": torch.Generator(logits.device).manual_seed(seed), "noise_rows": noise}
         stats = row_stats(logits, temperature=self.temperature, **draw)
         nothing = ~(stats.log_prob > -torch.inf)

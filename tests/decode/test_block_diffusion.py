@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, UNK, RandomModel, sure
+from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, UNK, HostReads, RandomModel, sure
 from torch import Tensor
 
-from condgen_fast.decode import BlockDiffusion, decode
+from condgen_fast.decode import BlockDiffusion, block_diffusion, decode
 from condgen_fast.models.masked_lm import MaskedLM, MaskedLMConfig
 
 VOCABULARY = 17
@@ -337,6 +337,40 @@ def test_the_prefix_cache_changes_nothing_but_the_work(policy, block_causal, mon
             assert [(s.iteration, s.tokens, s.touched) for s in a.steps] == [
                 (s.iteration, s.tokens, s.touched) for s in b.steps
             ]
+
+
+@ALL_POLICIES
+@pytest.mark.parametrize("cache", [True, False])
+def test_on_a_gpu_the_same_result_comes_without_a_host_read_in_a_pass(policy, cache, block_causal, monkeypatch):
+    """The path that a GPU takes, here on the CPU: blocks are projected whole, the host asks every eighth pass."""
+    sources = [[5, 6, 7], [8] * 9, [9, 10, MASK, 11, MASK, MASK], [6] * 5, [MASK] * 3, [7] * 12]
+    options = dict(max_length=13, policy=policy, temperature=1.0, seed=1, prefix_cache=cache, **POLICIES[policy])
+
+    def reads(prompts):
+        with HostReads() as host:
+            result = decode(block_causal, prompts, BlockDiffusion(**options))
+        return result, host.count
+
+    plain, _ = reads(sources)
+    monkeypatch.setattr(block_diffusion, "_counted_by_host", lambda device: False)
+    monkeypatch.setattr(block_diffusion, "check_due", lambda step, device: (step + 1) % 8 == 0)
+    monkeypatch.setattr(
+        block_causal, "extend", lambda *call: extend_without_reading(block_causal, *call), raising=False
+    )
+    result, count = reads(sources)
+    assert torch.equal(result.tokens, plain.tokens) and torch.equal(result.iterations, plain.iterations)
+    torch.testing.assert_close(result.token_log_probs, plain.token_log_probs)
+    few = {**options, "max_length": 1}
+    with HostReads() as host:
+        decode(block_causal, sources, BlockDiffusion(**few))
+    # 13 masks are 12 passes more, and cached blocks further ones; two reads at each check.
+    assert count <= host.count + 2 * 3
+
+
+def extend_without_reading(model, tokens, start, prefix):
+    """`extend` with what it asks of the host (how far keys are needed, on the CPU) answered beforehand."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        return MaskedLM.extend(model, tokens, start, prefix)
 
 
 def test_only_masks_of_the_block_are_projected(block_causal, monkeypatch):
