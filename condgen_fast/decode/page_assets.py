@@ -60,7 +60,7 @@ kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .3rem; ba
 .numbers .step .token.mask { padding-bottom: 1.05em; }
 .edge { display: inline-block; width: 3px; height: 1.3rem; border-radius: 2px; background: var(--line);
   vertical-align: top; margin-top: .2rem; }
-.edge.written { background: var(--now); }
+.edge.written, .edge.committed { background: var(--now); width: 5px; }
 .p0 { background: var(--p0); } .p1 { background: var(--p1); } .p2 { background: var(--p2); }
 .p3 { background: var(--p3); } .p4 { background: var(--p4); }
 .token.mask { min-width: 1.9rem; border: 2px dotted var(--soft); color: var(--soft);
