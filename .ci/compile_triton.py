@@ -1,8 +1,9 @@
 """Compile every Triton kernel for sm_90, print its registers and shared memory, and fail on spills.
 
 python .ci/compile_triton.py [family]; needs no GPU. Each condgen_fast/ops/<family>/triton_kernel.py has a function
-compile_cases() that yields (kernel, signature, constexprs, num_warps):
+compile_cases() that yields (kernel, signature, constexprs, num_warps) and, if need be, a dict of further options:
     yield _row_stats_kernel, {"logits": "*bf16", "token": "*i64", "vocabulary": "i32"}, {"BLOCK": 4096}, 8
+A type that ends with :16 is divisible by 16, as a launch would find it to be.
 """
 
 import os
@@ -38,10 +39,16 @@ def main() -> int:
     compiled = spilling = 0
     for path in sorted((ROOT / "condgen_fast/ops").glob(f"{family}/triton_kernel.py")):
         module = import_module(f"condgen_fast.ops.{path.parent.name}.triton_kernel")
-        for kernel, signature, constexprs, num_warps in module.compile_cases():
+        for kernel, signature, constexprs, num_warps, *options in module.compile_cases():
             every = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-            source = ASTSource(kernel, every, constexprs=constexprs)
-            built = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+            divisible = [i for i, kind in enumerate(every.values()) if kind.endswith(":16")]
+            source = ASTSource(
+                kernel,
+                {name: kind.removesuffix(":16") for name, kind in every.items()},
+                constexprs=constexprs,
+                attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+            )
+            built = triton.compile(source, target=TARGET, options={"num_warps": num_warps} | dict(*options))
             used = resources(built.asm["cubin"])
             spills = used["STACK"] + used["LOCAL"]
             compiled += 1

@@ -13,6 +13,7 @@ from condgen_fast.ops.kd_loss.triton_rows import kd_loss_kernel
 
 KINDS = {"none": 0, "dense": 1, "drop": 2, "uniform": 3, "renormalise": 4, "prior": 5}  # of teacher; triton_terms.py
 LARGEST_RESIDENT = 4096  # columns of a row that is read once; wider rows spill, and are read twice
+REGISTERS = 64  # of a thread, of rows that are swept; left alone the assembler takes 32 for 32 warps, and spills
 ROWS_IN_CACHE = ((2**15, 8), (2**17, 16))  # bytes of a row of both sides, and warps that leave so many rows in L1
 
 
@@ -109,6 +110,7 @@ def kd_loss_rows(
             LISTED=max(16, triton.next_power_of_2(k)),
             BLOCK=block,
             num_warps=warps,
+            maxnreg=None if resident else REGISTERS,
         )
     return losses
 
@@ -163,13 +165,14 @@ def compile_cases() -> Iterator[tuple]:
             "RESIDENT": resident, "LISTED": triton.next_power_of_2(k), "BLOCK": block,
         }  # fmt: skip
         constants |= {name: None for name in ("teacher", "ids", "listed", "parts") if name not in pointers}
-        signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(numbers, "fp32")
-        signature |= dict.fromkeys(strides, "i64")
-        signature |= dict.fromkeys(("inner", "vocab_size", "shared_size", "k"), "i32")
-        return kd_loss_kernel, signature, constants, warps
+        signature = {name: f"*{kind}:16" for name, kind in pointers.items()} | dict.fromkeys(numbers, "fp32")
+        aligned = ":16" if vocab_size % 16 == 0 else ""
+        signature |= dict.fromkeys(strides, f"i64{aligned}") | dict.fromkeys(("inner", "k"), "i32")
+        signature |= dict.fromkeys(("vocab_size", "shared_size"), f"i32{aligned}")
+        return kd_loss_kernel, signature, constants, warps, {"maxnreg": None if resident else REGISTERS}
 
     for dtype in ("bf16", "fp32"):
-        for vocab_size in (4096, 8000, 32000, 128256):
+        for vocab_size in (4096, 8000, 32000, 50257, 128256):
             for divergence in range(5):
                 yield case(dtype, "dense", divergence, vocab_size)
             yield case(dtype, "dense", 1, vocab_size, temperature=0, smooth=True)
