@@ -277,22 +277,31 @@ inline void finish_streams() {
 // --- Within a vector
 // --------------------------------------------------------------------------------------------------
 
-inline float reduce_sum(Vec lanes) {
-  float part[kLanes];
-  store(part, lanes);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+// Both pair lane i with lane i + half, of halves until one lane is left.
+#if defined(__AVX2__)
+template <class Pair>
+inline float reduce(Vec lanes, const Pair& pair) {
+#if defined(__AVX512F__)
+  const __m256 half = pair(__builtin_shufflevector(lanes.raw, lanes.raw, 0, 1, 2, 3, 4, 5, 6, 7),
+                           __builtin_shufflevector(lanes.raw, lanes.raw, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  const __m256 half = lanes.raw;
+#endif
+  const __m128 four = pair(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 two = pair(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(pair(two, _mm_movehdup_ps(two)));
 }
-
+#else
+template <class Pair>
+inline float reduce(Vec lanes, const Pair& pair) {
+  return pair(pair(lanes.raw[0], lanes.raw[2]), pair(lanes.raw[1], lanes.raw[3]));
+}
+#endif
+inline float reduce_sum(Vec lanes) {
+  return reduce(lanes, [](auto a, auto b) { return a + b; });
+}
 inline float reduce_max(Vec lanes) {
-  float part[kLanes];
-  store(part, lanes);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-  }
-  return part[0];
+  return reduce(lanes, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // --- Functions

@@ -1,65 +1,66 @@
-// The gradient of a row from the powers of the first sweep.
+// The gradient of a row from the powers of the first sweep, block by block.
 #pragma once
+
+#include <vector>
 
 #include "row.h"
 
 namespace condgen_fast::kd_loss::CONDGEN_FAST_ISA {
 
-// Entries that are not as the last sweep writes them
+// A row of the gradient that is still to be written, from the powers in `scratch`. It may lie where the student's
+// logits are: they are not read any more.
 template <class Real>
-struct Exceptions {
+struct Gradient {
+  RowOfLogits row;
+  bool stream;  // write past the caches
+  bool with_w = false;
+  Hard hard = Hard::kNone;
+  std::vector<GradientFactors<Real>> factors;  // of blocks
+
+  // Entries that are not as the last sweep writes them
   int64_t label = -1;
-  double at_label = 0;  // its entry
-  // Listed tokens; `ids` is null without
-  const int64_t* ids = nullptr;
-  const Real* listed = nullptr;  // their probabilities
-  int64_t k = 0;
-  Real per_probability = 0;  // what such a probability adds to the entry
-  Real constant = 0;         // of an entry without floor
+  double at_label = 0;                             // its entry
+  const int64_t* ids = nullptr;                    // listed tokens, or null
+  const Real* listed = nullptr;                    // their probabilities
+  Real per_probability = 0;                        // what such a probability adds to the entry
+  Real constant = 0;                               // of an entry without floor
+  std::vector<int64_t> first_listed, next_listed;  // of a block, and after another in it; -1: none
+
+  void list(const int64_t* tokens, const Real* probabilities, int64_t k) {
+    ids = tokens;
+    listed = probabilities;
+    first_listed.assign(factors.size(), -1);
+    next_listed.resize(k);
+    for (int64_t j = 0; j < k; ++j) {
+      int64_t& first = first_listed[ids[j] / kBlock];
+      next_listed[j] = first;
+      first = j;
+    }
+  }
+
+  void write_block(Scratch<Real>& scratch, int64_t begin) const {
+    row.with<Real>([&](auto* entries) {
+      using S = std::remove_const_t<std::remove_pointer_t<decltype(entries)>>;
+      S* to = const_cast<S*>(entries) + begin;
+      const int64_t count = std::min(kBlock, row.width - begin);
+      S* block = stream ? scratch.gradient_block.template as<S>() : to;
+      write_gradient(with_w, hard, scratch.at(begin), count, factors[begin / kBlock], block);
+      write_exceptions(scratch.at(begin), begin, count, block);
+      if (stream) simd::stream(to, block, count * sizeof(S));
+    });
+  }
+
+ private:
+  template <class S>
+  void write_exceptions(const Powers<Real>& powers, int64_t begin, int64_t count, S* block) const {
+    const GradientFactors<Real>& f = factors[begin / kBlock];
+    for (int64_t j = ids ? first_listed[begin / kBlock] : -1; j >= 0; j = next_listed[j]) {
+      const int64_t i = ids[j] - begin;
+      const Real e = powers.e[i], h = hard == Hard::kSeparate ? powers.h[i] : Real(0);
+      block[i] = from_real<S>((f.e_e * e + f.e) * e + f.h * h + constant + per_probability * listed[j]);
+    }
+    if (label >= begin && label < begin + count) block[label - begin] = from_real<S>(static_cast<Real>(at_label));
+  }
 };
-
-// Groups the listed tokens by block.
-template <class Real>
-void sort_by_block(const Exceptions<Real>& exceptions, Scratch<Real>& scratch) {
-  std::fill(scratch.first_listed.begin(), scratch.first_listed.end(), -1);
-  scratch.next_listed.resize(exceptions.k);
-  for (int64_t j = 0; j < exceptions.k; ++j) {
-    int64_t& first = scratch.first_listed[exceptions.ids[j] / kBlock];
-    scratch.next_listed[j] = first;
-    first = j;
-  }
-}
-
-// Writes the row to `gradient`, where the student's logits may lie: they are not read any more.
-template <class Real, class S, class FactorsOf>
-void write_row(Sweep<Real>& sweep, bool with_w, Hard hard, const FactorsOf& factors_of,
-               const Exceptions<Real>& exceptions, bool stream, S* gradient) {
-  constexpr int64_t kAhead = 8 * kBlock;  // so much of the next row is fetched meanwhile
-  Scratch<Real>& scratch = sweep.scratch;
-  const int64_t width = sweep.student.width;
-  if (exceptions.ids) sort_by_block(exceptions, scratch);
-  for (int64_t begin = 0; begin < width; begin += kBlock) {
-    const int64_t count = std::min(kBlock, width - begin);
-    const Powers<Real> powers = scratch.at(begin);
-    const GradientFactors<Real> factors = factors_of(scratch.blocks[begin / kBlock]);
-    const Ahead here{reinterpret_cast<const char*>(powers.e), 0};
-    const bool ahead = begin < kAhead;
-    S* block = stream ? reinterpret_cast<S*>(scratch.gradient_block.data()) : gradient + begin;
-    write_gradient(with_w, hard, powers, count, factors, ahead ? sweep.next_student.ahead(begin) : here,
-                   ahead && sweep.teacher ? sweep.teacher->next.ahead(begin) : here, block);
-    if (exceptions.ids) {
-      for (int64_t j = scratch.first_listed[begin / kBlock]; j >= 0; j = scratch.next_listed[j]) {
-        const int64_t i = exceptions.ids[j] - begin;
-        const Real e = powers.e[i], h = hard == Hard::kSeparate ? powers.h[i] : Real(0);
-        const Real p_part = (factors.e_e * e + factors.e) * e + factors.h * h;
-        block[i] = from_real<S>(p_part + exceptions.constant + exceptions.per_probability * exceptions.listed[j]);
-      }
-    }
-    if (exceptions.label >= begin && exceptions.label < begin + count) {
-      block[exceptions.label - begin] = from_real<S>(static_cast<Real>(exceptions.at_label));
-    }
-    if (stream) simd::stream(gradient + begin, block, count * sizeof(S));
-  }
-}
 
 }  // namespace condgen_fast::kd_loss::CONDGEN_FAST_ISA

@@ -1,7 +1,11 @@
-// One row at a time, which is read from memory once: a first sweep keeps the exponentials of all tokens in the core's
-// cache and adds them up (row.h), jsd and tvd, which need normalised probabilities, take a second, and the last turns
-// the exponentials into the gradient (gradient.h). The loops themselves are in sweeps.h.
+// A row is read from memory once: a first sweep keeps the exponentials of all tokens in the core's cache and adds them
+// up (row.h), jsd and tvd, which need normalised probabilities, take a second, and the last turns the exponentials into
+// the gradient (gradient.h). The loops themselves are in sweeps.h. The last sweep over a row takes turns with the first
+// over the next, block by block, so that memory is read and written while exponentials are computed.
 #include "kd_loss.h"
+
+#include <cstring>
+#include <optional>
 
 #include "gradient.h"
 #include "reals.h"
@@ -39,10 +43,13 @@ double sum_of_q_log_q(const Real* q, int64_t count) {
   return total;
 }
 
+void clear(const RowOfLogits& row) { std::memset(const_cast<void*>(row.data), 0, row.width * size_of(row.dtype)); }
+
 template <class Real>
 class Row {
  public:
-  Row(const Arguments& arguments, int64_t n, Scratch<Real>& scratch)
+  // `pending` is the gradient of the row before, and becomes that of this row.
+  Row(const Arguments& arguments, int64_t n, Scratch<Real>& scratch, std::optional<Gradient<Real>>& pending)
       : arguments_(arguments),
         options_(arguments.options),
         n_(n),
@@ -55,7 +62,8 @@ class Row {
                hard_mode(label_ >= 0, options_.temperature),
                static_cast<Real>(kLog2E / options_.temperature),
                0,
-               scratch} {}
+               scratch},
+        pending_(pending) {}
 
   double loss() {
     if (options_.soft > 0 || arguments_.parts) {
@@ -68,8 +76,8 @@ class Row {
         return loss_against(teacher);
       }
     }
-    sweep_.run(Divergence::kJsd, wants_x(), arguments_.parts);
-    write_gradient(false, [](const Block&) { return GradientFactors<Real>{}; }, 0, 0);
+    run(Divergence::kJsd, wants_x());
+    set_gradient(false, [](const Block&) { return GradientFactors<Real>{}; }, 0, 0);
     return total(0);
   }
 
@@ -87,11 +95,18 @@ class Row {
   double even() const { return coefficient_ * options_.hard * options_.label_smoothing / width_; }
   double x_of_label() const { return sweep_.student.template at<Real>(label_) - sweep_.shift; }
 
+  void run(Divergence divergence, bool want_x) {
+    sweep_.run(divergence, want_x, arguments_.parts, [&](int64_t begin) {
+      if (pending_) pending_->write_block(sweep_.scratch, begin);
+    });
+    pending_.reset();
+  }
+
   double loss_against(Teacher& teacher) {
     const Divergence divergence = options_.divergence;
     sweep_.teacher = &teacher;
     sweep_.teacher_factor = static_cast<Real>(kLog2E / teacher.temperature);
-    sweep_.run(divergence, wants_x(), arguments_.parts);
+    run(divergence, wants_x());
     if (arguments_.parts) {
       record_teacher(log_sum_exp_of(teacher), kLn2 * (sweep_.mass * sweep_.log_q - sweep_.q_y),
                      teacher.logits.template find<Real>(sweep_.teacher_shift));
@@ -127,7 +142,7 @@ class Row {
       }
       return f;
     };
-    write_gradient(true, factors, label_ >= 0 ? soft_entry(label_, ratio) : 0, 0);
+    set_gradient(true, factors, label_ >= 0 ? soft_entry(label_, ratio) : 0, 0);
     return total(result);
   }
 
@@ -171,7 +186,7 @@ class Row {
     const Listed<Real> q{arguments_.ids + n_ * arguments_.k, rows + n_ * arguments_.listed_stride, arguments_.k,
                          static_cast<const Real*>(arguments_.floor)[n_]};
     if (is_forward(options_.divergence)) {
-      sweep_.run(Divergence::kJsd, wants_x() || q.floor > 0, arguments_.parts);
+      run(Divergence::kJsd, wants_x() || q.floor > 0);
       if (q.floor == 0 || sweep_.x > -kInfinity) return loss_of_listed(q);
       sweep_.x = 0;
     }
@@ -207,11 +222,6 @@ class Row {
     if (arguments_.parts) record_teacher(mass == 0 ? -kInfinity : std::log(mass), -q_log_q, most_probable(q));
     sweep_.mass = mass;
     const double scale = soft_scale();
-    Exceptions<Real> listed;
-    listed.ids = q.ids;
-    listed.listed = q.probabilities;
-    listed.k = q.k;
-    listed.per_probability = -scale;
     auto factors = [&](const Block& block) {
       GradientFactors<Real> f{};
       f.e = scale * mass * block.p_factor;
@@ -219,47 +229,43 @@ class Row {
     };
     const double at_label =
         label_ < 0 ? 0 : options_.soft / options_.temperature * (std::exp2(sweep_.log_p(label_)) * mass - q_at_label);
-    write_gradient(false, factors, at_label, -scale * floor, listed);
+    set_gradient(false, factors, at_label, -scale * floor);
+    if (pending_) {
+      pending_->list(q.ids, q.probabilities, q.k);
+      pending_->per_probability = -scale;
+    }
     return total(sweep_.dead() && mass > 0 ? kInfinity : -kLn2 * log_p + (kl ? q_log_q : 0));
   }
 
   // `factors` are of the divergence's part of the entries, `soft_at_label` that of the label without coefficient.
   template <class Factors>
-  void write_gradient(bool with_w, const Factors& factors, double soft_at_label, double soft_constant,
-                      Exceptions<Real> exceptions = {}) {
+  void set_gradient(bool with_w, const Factors& factors, double soft_at_label, double soft_constant) {
     if (!arguments_.gradient.data) return;
     const RowOfLogits row(arguments_.gradient, n_);
-    row.template with<Real>([&](auto* entries) {
-      using S = std::remove_const_t<std::remove_pointer_t<decltype(entries)>>;
-      S* gradient = const_cast<S*>(entries);
-      if (sweep_.dead()) {
-        std::fill(gradient, gradient + width_, S{});
-        return;
-      }
-      const Hard hard = options_.hard > 0 ? sweep_.hard : Hard::kNone;
-      const double hard_factor = hard_scale(), constant = options_.hard > 0 ? -even() : 0;
-      if (label_ >= 0) {
-        const double log_h = kLn2 * (x_of_label() * static_cast<Real>(kLog2E) - sweep_.log_h);
-        double entry = coefficient_ * soft_at_label;
-        if (options_.hard > 0) {
-          entry +=
-              hard_factor * std::exp(log_h) + constant - coefficient_ * options_.hard * (1 - options_.label_smoothing);
-        }
-        exceptions.label = label_;
-        exceptions.at_label = entry;
-      }
-      exceptions.constant = constant;
-      auto all_factors = [&](const Block& block) {
-        GradientFactors<Real> f = factors(block);
-        f.constant = constant + soft_constant;
-        const Real h = hard_factor * block.h_factor;
-        if (hard == Hard::kSame) f.e += h;
-        if (hard == Hard::kSquare) f.e_e = h;
-        if (hard == Hard::kSeparate) f.h = h;
-        return f;
-      };
-      write_row(sweep_, with_w && options_.soft > 0, hard, all_factors, exceptions, arguments_.stream, gradient);
-    });
+    if (sweep_.dead()) return clear(row);
+    Gradient<Real>& gradient = pending_.emplace();
+    gradient.row = row;
+    gradient.stream = arguments_.stream;
+    gradient.with_w = with_w && options_.soft > 0;
+    gradient.hard = options_.hard > 0 ? sweep_.hard : Hard::kNone;
+    const double hard_factor = hard_scale();
+    gradient.constant = -even();
+    for (const Block& block : sweep_.scratch.blocks) {
+      GradientFactors<Real> f = factors(block);
+      f.constant = -even() + soft_constant;
+      const Real h = hard_factor * block.h_factor;
+      if (gradient.hard == Hard::kSame) f.e += h;
+      if (gradient.hard == Hard::kSquare) f.e_e = h;
+      if (gradient.hard == Hard::kSeparate) f.h = h;
+      gradient.factors.push_back(f);
+    }
+    if (label_ < 0) return;
+    gradient.label = label_;
+    gradient.at_label = coefficient_ * soft_at_label;
+    if (options_.hard > 0) {
+      gradient.at_label += hard_factor * std::exp2(x_of_label() * static_cast<Real>(kLog2E) - sweep_.log_h) - even() -
+                           coefficient_ * options_.hard * (1 - options_.label_smoothing);
+    }
   }
 
   double total(double divergence) {
@@ -326,11 +332,13 @@ class Row {
   const double coefficient_;  // of the whole row
   const int64_t label_;       // -1 where there is no need of it
   Sweep<Real> sweep_;
+  std::optional<Gradient<Real>>& pending_;
 };
 
 template <class Real>
 void loss_of_rows_of(const Arguments& arguments, int64_t begin, int64_t end) {
   Scratch<Real> scratch(arguments.student.width);
+  std::optional<Gradient<Real>> pending;
   for (int64_t n = begin; n < end; ++n) {
     double loss = 0;
     if (arguments.parts) {
@@ -338,13 +346,13 @@ void loss_of_rows_of(const Arguments& arguments, int64_t begin, int64_t end) {
       std::fill(parts, parts + kParts, Real(0));
     }
     if (static_cast<const Real*>(arguments.coefficient)[n] != 0) {
-      loss = Row<Real>(arguments, n, scratch).loss();
+      loss = Row<Real>(arguments, n, scratch, pending).loss();
     } else if (arguments.gradient.data) {
-      const RowOfLogits row(arguments.gradient, n);
-      std::memset(const_cast<void*>(row.data), 0, row.width * size_of(row.dtype));
+      clear(RowOfLogits(arguments.gradient, n));
     }
     static_cast<Real*>(arguments.losses)[n] = static_cast<Real>(loss);
   }
+  for (int64_t i = 0; pending && i < arguments.student.width; i += kBlock) pending->write_block(scratch, i);
   if (arguments.stream) simd::finish_streams();
 }
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "kd_loss.h"
@@ -70,21 +72,41 @@ struct Block {
   double p_factor, q_factor, h_factor;  // what takes them to probabilities
 };
 
+// Uninitialised memory from the start of a cache line on
+class Aligned {
+ public:
+  explicit Aligned(int64_t bytes) : memory_(::operator new(bytes, kLine)) {}
+  template <class T>
+  T* as() {
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, kLine); }
+  };
+  std::unique_ptr<void, Delete> memory_;
+};
+
 template <class Real>
 struct Scratch {
-  std::vector<Real> e, w, h, student_block, teacher_block, listed_row;
-  std::vector<double> gradient_block;  // of any type
+  int64_t padded;  // columns
+  Aligned powers, student_block, teacher_block, gradient_block;
+  std::vector<Real> listed_row;
   std::vector<Block> blocks;
-  std::vector<int64_t> first_listed, next_listed;  // of a block, and after another in it; -1: none
 
-  explicit Scratch(int64_t width) : blocks((width + kBlock - 1) / kBlock) {
-    const int64_t padded = static_cast<int64_t>(blocks.size()) * kBlock;
-    for (std::vector<Real>* row : {&e, &w, &h}) row->resize(padded);
-    for (std::vector<Real>* block : {&student_block, &teacher_block}) block->resize(kBlock);
-    gradient_block.resize(kBlock);
-    first_listed.resize(blocks.size());
+  explicit Scratch(int64_t width)
+      : padded((width + kBlock - 1) / kBlock * kBlock),
+        powers(3 * padded * sizeof(Real)),
+        student_block(kBlock * sizeof(Real)),
+        teacher_block(kBlock * sizeof(Real)),
+        gradient_block(kBlock * sizeof(Real)),
+        blocks(padded / kBlock) {}
+  Powers<Real> at(int64_t begin) {
+    Real* e = powers.as<Real>() + begin;
+    return {e, e + padded, e + 2 * padded};
   }
-  Powers<Real> at(int64_t begin) { return {e.data() + begin, w.data() + begin, h.data() + begin}; }
 };
 
 // p are the probabilities of the student, h those at temperature 1, q those of the teacher; logarithms are of base 2.
@@ -111,7 +133,9 @@ struct Sweep {
     return mass == 0 ? -kInfinity : (teacher->logits.template at<Real>(i) - teacher_shift) * teacher_factor - log_q;
   }
 
-  void run(Divergence divergence, bool want_x, bool want_entropies) {
+  // before_block(begin) is called before the powers of a block are written.
+  template <class BeforeBlock>
+  void run(Divergence divergence, bool want_x, bool want_entropies, const BeforeBlock& before_block) {
     const int64_t width = student.width;
     Real highest = -INFINITY, teacher_highest = -INFINITY;
     for (int64_t begin = 0; begin < width; begin += kBlock) {
@@ -119,16 +143,17 @@ struct Sweep {
       const int64_t padded = (count + kStep<Real> - 1) / kStep<Real> * kStep<Real>;
       const bool last = ahead >= width;
       Exponents<Real> s{}, t{};
-      s.logits = student.read(begin, padded, scratch.student_block.data(), highest);
+      s.logits = student.read(begin, padded, scratch.student_block.template as<Real>(), highest);
       s.shift = highest == Real(-INFINITY) ? 0 : highest;
       s.factor = factor;
       s.ahead = last ? next_student.ahead(0) : student.ahead(ahead);
       if (teacher) {
-        t.logits = teacher->logits.read(begin, padded, scratch.teacher_block.data(), teacher_highest);
+        t.logits = teacher->logits.read(begin, padded, scratch.teacher_block.template as<Real>(), teacher_highest);
         t.shift = teacher_highest == Real(-INFINITY) ? 0 : teacher_highest;
         t.factor = teacher_factor;
         t.ahead = last ? teacher->next.ahead(0) : teacher->logits.ahead(ahead);
       }
+      before_block(begin);
       Block& block = scratch.blocks[begin / kBlock];
       block.sums = exponentials(teacher != nullptr, divergence, hard, want_entropies, s, t, padded, scratch.at(begin));
       block.sums.x = want_x ? sum_of(s.logits, count, s.shift) : 0;
