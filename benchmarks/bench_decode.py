@@ -1,5 +1,7 @@
 """Whole decoding: Hugging Face's generate and CTranslate2 on one model; the shipped models' strategies beside beam 5.
 
+CTranslate2 counts as a peer where it can be imported; beside torch it can be put on PYTHONPATH.
+
 pytest benchmarks/bench_decode.py. Encoding and decoding of text is not timed.
 """
 
@@ -18,6 +20,8 @@ from condgen_fast.data import embedded
 from condgen_fast.data.batching import pad_sequences
 from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict, adapt, decode
 from condgen_fast.models.checkpoint import load_model
+from condgen_fast.models.layers import SIZES, TransformerConfig
+from condgen_fast.models.transformer import Transformer
 
 try:
     import transformers
@@ -28,7 +32,7 @@ try:
 except ImportError:
     ctranslate2 = None
 
-V, LENGTH = 8000, 32  # vocabulary; tokens of each source and each output
+V, LENGTH = 32000, 32  # vocabulary; tokens of each source, and of each output with its eos
 EOS, PAD = 0, V - 1
 PIECES = ["</s>", "<unk>", *map(str, range(2, PAD))]  # CTranslate2 takes text; padding is none of it
 STRATEGIES = {
@@ -41,38 +45,57 @@ STRATEGIES = {
 
 
 @cache
-def marian(device: str) -> Any:
-    """A Marian model of random weights that writes LENGTH tokens and then eos, in whatever way it is decoded."""
+def reference(device: str) -> Transformer:
+    """Transformer-base of random weights in Marian's arrangement, so that all engines can have the same weights."""
     torch.manual_seed(0)
-    config = transformers.MarianConfig(
-        vocab_size=V,
-        d_model=256,
-        encoder_layers=3,
-        decoder_layers=3,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=1024,
-        decoder_ffn_dim=1024,
-        max_position_embeddings=128,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-        forced_eos_token_id=None,
-        scale_embedding=True,
-        init_std=0.08,
+    config = TransformerConfig(
+        V, **SIZES["base"], norm="post", pad_id=PAD, bos_id=PAD, eos_id=EOS, unk_id=1, mask_id=2, max_positions=128
     )
-    model = transformers.MarianMTModel(config).eval().to(device)
-
-    def fix_length(module: object, args: object, kwargs: object, output: Any) -> Any:
-        output.logits[..., PAD] = -torch.inf
-        output.logits[..., EOS] = -torch.inf if output.past_key_values.get_seq_length() <= LENGTH else 1e4
-        return output
-
-    model.register_forward_hook(fix_length, with_kwargs=True)
-    return model
+    return Transformer(config).eval().to(device)
 
 
-def with_ctranslate2(model: Any, source: Tensor, beam_size: int, folder: Path) -> Callable[[], list[list[str]]]:
+@cache
+def marian(device: str) -> Any:
+    """The reference model's weights in a Marian model of transformers."""
+    size = SIZES["base"]
+    heads = {f"{side}_attention_heads": size["heads"] for side in ("encoder", "decoder")}
+    layers = {f"{side}_layers": size[f"{side}_layers"] for side in ("encoder", "decoder")}
+    config = transformers.MarianConfig(
+        vocab_size=V, d_model=size["width"], encoder_ffn_dim=size["feed_forward"], decoder_ffn_dim=size["feed_forward"],
+        **heads, **layers, max_position_embeddings=128, activation_function="relu", scale_embedding=True,
+        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD, forced_eos_token_id=None,
+    )  # fmt: skip
+    model, ours = transformers.MarianMTModel(config).eval(), reference("cpu")
+    weights = {"model.shared.weight": ours.output_weight}
+    for side in ("encoder", "decoder"):
+        for i, layer in enumerate(getattr(ours, side).layers):
+            parts = {
+                "self_attn.q_proj self_attn.k_proj self_attn.v_proj": layer.attention.input,
+                "self_attn.out_proj": layer.attention.output,
+                "self_attn_layer_norm": layer.attention_residual.norm,
+                "fc1": layer.feed_forward.inner,
+                "fc2": layer.feed_forward.outer,
+                "final_layer_norm": layer.feed_forward_residual.norm,
+            }
+            if side == "decoder":
+                parts |= {
+                    "encoder_attn.q_proj": layer.cross_attention.query,
+                    "encoder_attn.k_proj encoder_attn.v_proj": layer.cross_attention.memory,
+                    "encoder_attn.out_proj": layer.cross_attention.output,
+                    "encoder_attn_layer_norm": layer.cross_attention_residual.norm,
+                }
+            for names, part in parts.items():
+                for kind in ("weight", "bias"):
+                    shares = getattr(part, kind).chunk(len(names.split()))
+                    for name, share in zip(names.split(), shares, strict=True):
+                        weights[f"model.{side}.layers.{i}.{name}.{kind}"] = share
+    left = model.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    assert all("embed_" in name or name in ("final_logits_bias", "lm_head.weight") for name in left.missing_keys)
+    return model.to(device)
+
+
+def with_ctranslate2(model: Any, source: Tensor, beam_size: int, folder: Path) -> Callable[[], list[list[int]]]:
     """The same weights in CTranslate2, float32."""
     from ctranslate2.converters.transformers import MarianMTLoader
 
@@ -87,44 +110,54 @@ def with_ctranslate2(model: Any, source: Tensor, beam_size: int, folder: Path) -
     )
     rows = [[PIECES[token] for token in row] for row in source.tolist()]
 
-    def translate() -> list[list[str]]:
+    def translate() -> list[list[int]]:
         results = translator.translate_batch(
             rows, beam_size=beam_size, min_decoding_length=LENGTH, max_decoding_length=LENGTH
         )
-        return [result.hypotheses[0] for result in results]
+        ids = {piece: i for i, piece in enumerate(PIECES)}
+        return [[ids[piece] for piece in result.hypotheses[0]] for result in results]
 
     return translate
 
 
-@pytest.mark.parametrize("B", [1, 16])
-@pytest.mark.parametrize("strategy", ["greedy", "beam"])
-def test_hugging_face(compare, device, strategy, B, tmp_path):
+@pytest.mark.parametrize("B", [1, 8, 32])
+@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("engine", ["Transformer", "adapted Marian"])
+def test_transformer_base(compare, device, engine, beam_size, B, tmp_path):
+    """LENGTH steps in every engine: ours ends with eos at the last, the others stop there without.
+
+    Compared are their outputs, of LENGTH tokens, with the unfinished hypotheses of ours at that step.
+    """
     if transformers is None:
         pytest.skip("needs transformers")
-    model, beam_size = marian(device), {"greedy": 1, "beam": 5}[strategy]
+    theirs = marian(device)
+    model = reference(device) if engine == "Transformer" else adapt(theirs)
     generator = torch.Generator().manual_seed(B)
     source = torch.randint(2, PAD, (B, LENGTH), generator=generator).to(device)
-    options: dict[str, Any] = {"max_length": LENGTH + 1}
-    if strategy == "beam":
-        options |= {"beam_size": beam_size, "stopping": "heuristic"}
-    adapted, mask = adapt(model), torch.ones_like(source)
+    mask = torch.ones_like(source)
 
-    def ours() -> Tensor:
-        return decode(adapted, source, strategy, **options).tokens[:, 0]
+    def ours(length: int = LENGTH, n_best: int = 1) -> Tensor:
+        lengths = {"min_length": length, "max_length": length}
+        if beam_size == 1:
+            return decode(model, source, Greedy(**lengths)).tokens
+        return decode(model, source, BeamSearch(beam_size=beam_size, n_best=n_best, **lengths)).tokens
 
     def generate() -> Tensor:
-        return model.generate(
-            source, attention_mask=mask, do_sample=False, num_beams=beam_size, max_new_tokens=LENGTH + 1
-        )
+        return theirs.generate(
+            source, attention_mask=mask, do_sample=False, num_beams=beam_size, min_new_tokens=LENGTH,
+            max_new_tokens=LENGTH,
+        )  # fmt: skip
 
-    tokens = ours()
-    assert tokens.shape == (B, LENGTH)
-    assert torch.equal(generate()[:, 1 : LENGTH + 1], tokens)
     peers: dict[str, Callable[[], object] | None] = {"Hugging Face generate": generate, "CTranslate2": None}
+    found = [row.tolist() for row in ours(LENGTH + 1, beam_size)]
+    outputs = [generate()[:, 1:].tolist()]
     if ctranslate2 is not None:
-        peers["CTranslate2"] = translate = with_ctranslate2(model, source, beam_size, tmp_path)
-        assert translate() == [[PIECES[token] for token in row] for row in tokens.tolist()]
-    compare("decode a Marian model", f"3+3x256 {strategy} {beam_size} B{B} T{LENGTH} V{V} fp32", ours, peers=peers)
+        peers["CTranslate2"] = translate = with_ctranslate2(theirs, source, beam_size, tmp_path)
+        outputs.append(translate())
+    for output in outputs:
+        assert sum(row in rows for row, rows in zip(output, found, strict=True)) >= 0.9 * B
+    name = f"{engine} 6+6x512 {'beam' if beam_size > 1 else 'greedy'} {beam_size} B{B} S{LENGTH} T{LENGTH} V{V} fp32"
+    compare("decode", name, ours, peers=peers, pause=0.3)
 
 
 @cache

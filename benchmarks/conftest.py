@@ -30,6 +30,7 @@ class Compare(Protocol):
     op      the public function measured        case  shape, dtype and variant, as short text
     peers   other ways to the same result, by name; None: what it needs is not installed, so it is "not measured"
     floor   name and call of what no implementation can do without (one read of the input, say)
+    pause   seconds before each call: a peer with a pool of threads of its own leaves them spinning for a while
 
     A result must have been checked before this is called.
     """
@@ -42,6 +43,7 @@ class Compare(Protocol):
         *,
         peers: Mapping[str, Call | None],
         floor: tuple[str, Call] | None = None,
+        pause: float = 0.0,
     ) -> None: ...
 
 
@@ -77,6 +79,7 @@ def compare(benchmark: Any, device: str, request: pytest.FixtureRequest) -> Comp
         *,
         peers: Mapping[str, Call | None],
         floor: tuple[str, Call] | None = None,
+        pause: float = 0.0,
     ) -> None:
         # The floor comes right after our call of the round before: in the caches that it leaves, at its best.
         others = {name: synchronised(call) for name, call in [*([floor] if floor else []), *peers.items()] if call}
@@ -85,7 +88,9 @@ def compare(benchmark: Any, device: str, request: pytest.FixtureRequest) -> Comp
 
         def time_others() -> None:
             for name, call in others.items():
+                time.sleep(pause)
                 seconds[name].append(timed(call))
+            time.sleep(pause)
 
         def warm_up() -> float:
             return sum(timed(call) for call in [*others.values(), ours])

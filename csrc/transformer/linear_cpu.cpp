@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "lanes.h"
@@ -21,15 +22,18 @@ constexpr int64_t kMostRows = 256;
 constexpr int kTile = 12;                         // outputs of a tile of one block
 constexpr int kPairTile = kLanes == 16 ? 12 : 6;  // of a tile of two: accumulators take most of the registers
 constexpr int64_t kStep = 16;                     // inputs between prefetches: floats of a cache line
+// Weights are fetched this many bytes ahead, in the order of memory: a tile reads twelve rows at once, which the
+// processor's own prefetching does not follow at the speed of memory.
+constexpr uintptr_t kAhead = 32 * 1024;
 
 // out[output][row] += sum over inputs of weights * x for a tile of kBlocks blocks of rows by kOutputs outputs
 //   x        [kBlocks][x_block]: [depth][kLanes] each
 //   weights  [kOutputs][pitch]
 //   out      [kOutputs][out_pitch], blocks side by side; begins at zero where `first`
-//   next     the weights needed next, rows of next_pitch bytes, or none
+//   fetched  where the weights begin that are fetched meanwhile, as many as this tile's; 0: none
 template <int kBlocks, int kOutputs>
 inline void tile(const float* x, int64_t x_block, const float* weights, int64_t pitch, int64_t depth, bool first,
-                 float* out, int64_t out_pitch, const char* next, int64_t next_pitch) {
+                 float* out, int64_t out_pitch, uintptr_t fetched) {
   Vec sum[kOutputs][kBlocks];
 #pragma GCC unroll 12
   for (int j = 0; j < kOutputs; ++j) {
@@ -54,9 +58,11 @@ inline void tile(const float* x, int64_t x_block, const float* weights, int64_t 
   };
   int64_t k = 0;
   for (; k + kStep <= depth; k += kStep) {
-    if (next != nullptr) {
+    if (fetched != 0) {
 #pragma GCC unroll 12
-      for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(next + j * next_pitch + k * 4, 0, 2);
+      for (int j = 0; j < kOutputs; ++j) {
+        __builtin_prefetch(reinterpret_cast<const void*>(fetched + (k * kOutputs + j * kStep) * 4), 0, 2);
+      }
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kStep; ++i) add(k + i);
@@ -141,14 +147,15 @@ void product(const LinearArguments& arguments, const T* weights, Scratch& scratc
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t output = panel * kPanel, width = std::min(kPanel, outputs - output);
     const T* rows = weights + output * inputs;
+    uintptr_t next = 0, fetched = std::is_same_v<T, float> ? reinterpret_cast<uintptr_t>(rows) + kAhead : 0;
     if constexpr (std::is_same_v<T, float>) {
       if (blocks == 1 && width == kPanel) {  // each weight is needed once: not worth a copy
         for (int64_t j = 0; j < kPanel; j += kTile) {
-          const float* next = output + j + 2 * kTile <= outputs ? rows + (j + kTile) * inputs : nullptr;
           for (int64_t k = 0; k < inputs; k += kDepth) {
-            tile<1, kTile>(x + k * kLanes, 0, rows + j * inputs + k, inputs, std::min(kDepth, inputs - k), k == 0,
-                           sums + j * pitch, pitch, next ? reinterpret_cast<const char*>(next + k) : nullptr,
-                           inputs * 4);
+            const int64_t depth = std::min(kDepth, inputs - k);
+            tile<1, kTile>(x + k * kLanes, 0, rows + j * inputs + k, inputs, depth, k == 0, sums + j * pitch, pitch,
+                           fetched);
+            fetched += kTile * depth * sizeof(T);
           }
         }
         unpack(arguments, sums, pitch, first, count, output, width);
@@ -160,26 +167,21 @@ void product(const LinearArguments& arguments, const T* weights, Scratch& scratc
       const int64_t depth = std::min(kDepth, inputs - k);
       for (int64_t j = 0; j < width; ++j) copy_row(rows + j * inputs + k, depth, copy + j * kPitch);
       for (int64_t j = width; j < kPanel; ++j) std::fill_n(copy + j * kPitch, depth, 0.0f);
-      // in what follows of this panel, or in the next
-      const bool more = k + kDepth < inputs;
-      const T* next = more ? rows + k + kDepth : rows + kPanel * inputs;
-      const bool fetch = more ? width == kPanel : output + 2 * kPanel <= outputs;
-      const int64_t next_pitch = inputs * static_cast<int64_t>(sizeof(T));
-      int64_t b = 0;
-      for (; b + 2 <= blocks; b += 2) {
-        for (int64_t j = 0; j < width; j += kPairTile) {
-          tile<2, kPairTile>(x + (b * inputs + k) * kLanes, inputs * kLanes, copy + j * kPitch, kPitch, depth, k == 0,
-                             sums + j * pitch + b * kLanes, pitch,
-                             fetch && b == 0 ? reinterpret_cast<const char*>(next + j * inputs) : nullptr, next_pitch);
+      for (int64_t b = 0; b < blocks; b += 2) {
+        const float* block = x + (b * inputs + k) * kLanes;
+        const bool pair = b + 1 < blocks;
+        for (int64_t j = 0; j < width; j += pair ? kPairTile : kTile) {
+          float* to = sums + j * pitch + b * kLanes;
+          if (pair) {
+            tile<2, kPairTile>(block, inputs * kLanes, copy + j * kPitch, kPitch, depth, k == 0, to, pitch, fetched);
+          } else {
+            tile<1, kTile>(block, 0, copy + j * kPitch, kPitch, depth, k == 0, to, pitch, fetched);
+          }
+          if (fetched != 0) fetched += (pair ? kPairTile : kTile) * depth * sizeof(T);
         }
+        if (b == 0) next = std::exchange(fetched, 0);
       }
-      if (b < blocks) {
-        for (int64_t j = 0; j < width; j += kTile) {
-          tile<1, kTile>(x + (b * inputs + k) * kLanes, 0, copy + j * kPitch, kPitch, depth, k == 0,
-                         sums + j * pitch + b * kLanes, pitch,
-                         fetch && b == 0 ? reinterpret_cast<const char*>(next + j * inputs) : nullptr, next_pitch);
-        }
-      }
+      fetched = next;
     }
     unpack(arguments, sums, pitch, first, count, output, width);
   }
