@@ -175,6 +175,16 @@ def test_opcheck_and_compile(device):
     torch.testing.assert_close(torch.autograd.grad(3 * compiled(student[0]), student)[0], wanted)
 
 
+def test_strided_labels_and_lists(device):
+    student = torch.randn(3, 20, device=device)
+    labels = torch.tensor([3, 99, 7, 99, 0, 99], device=device)[::2]
+    ids = torch.tensor([[1, 99, 5, 99]] * 3, device=device)[:, ::2].int()
+    log_probs = torch.full((3, 4), -1.0, device=device)[:, ::2].bfloat16()
+    check(student, TopK(ids, log_probs, "uniform"), labels)
+    prior = LabelPrior(torch.arange(40, device=device).view(20, 2)[:, :1] // 2, torch.ones(1, device=device), 0.1)
+    check(student, prior, labels.int())
+
+
 def parts_of(student, teacher, labels, *, temperature, teacher_temperature):
     """KDLossParts from nll on, of a student and a teacher, written out in float64."""
     log_p = (student.double() / temperature).log_softmax(-1)

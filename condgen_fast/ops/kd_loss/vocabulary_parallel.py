@@ -262,6 +262,7 @@ def _partial_sums(part: _Slice, s_shift, t_shift, labels, options: KernelOptions
         sums["s"][rows] = e.sum(-1)
         if options.hard > 0:
             sums["hard"][rows] = e.sum(-1) if options.temperature == 1 else x.exp().sum(-1)
+        if options.hard > 0 and options.label_smoothing > 0:
             gone = x == -math.inf
             sums["gone"][rows] = gone.sum(-1).to(part.dtype)
             sums["x"][rows] = x.masked_fill(gone, 0).sum(-1)
