@@ -84,6 +84,25 @@ def test_row_stats(compare, device, N, V, dtype, variant):
         compare("row_stats", case, lambda: row_stats(logits, temperature=1.0), peers=peers, floor=floor)
 
 
+def test_row_stats_all_five(compare, device):
+    """Token drawn, its log-probability, margin, entropy and the most probable token, against all of them in eager."""
+    torch.manual_seed(0)
+    logits = torch.randn(2048, 32000, device=device) * 3
+    got, want = row_stats(logits, temperature=1.0), eager_row_stats(logits)
+    tied = want.margin == 0
+    assert torch.equal(got.best[~tied], want.token[~tied])
+    for name in ("margin", "entropy"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5)
+    peers = {
+        "eager softmax, topk and entropy": lambda: eager_row_stats(logits),
+        "the same and multinomial": lambda: (eager_row_stats(logits), eager_draw(logits)),
+    }
+    floor = ("torch.amax", lambda: torch.amax(logits, -1))
+    compare(
+        "row_stats", "all five N2048 V32000 fp32", lambda: row_stats(logits, temperature=1.0), peers=peers, floor=floor
+    )
+
+
 @canvases
 def test_remask(compare, device, B, T):
     torch.manual_seed(1)
