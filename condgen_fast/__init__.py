@@ -15,8 +15,10 @@ from condgen_fast.decode import (
     MaskPredict,
     Rescored,
     Sampling,
+    Trie,
     adapt,
     decode,
+    score,
 )
 from condgen_fast.ops import (
     AppliedEdits,
@@ -67,6 +69,7 @@ __all__ = [
     "RowStats",
     "Sampling",
     "TopK",
+    "Trie",
     "adapt",
     "apply_edits",
     "beam_topk",
@@ -83,6 +86,7 @@ __all__ = [
     "random_shuffle",
     "remask",
     "row_stats",
+    "score",
     "vocabulary_parallel_kd_loss",
 ]
 

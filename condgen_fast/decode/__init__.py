@@ -39,6 +39,8 @@ _STRATEGIES = {
 _CLASSES = {class_name: module for module, class_name in _STRATEGIES.values()} | {
     "adapt": "hugging_face",
     "Rescored": "rescoring",
+    "Trie": "trie",
+    "score": "scoring",
 }
 
 __all__ = [
@@ -57,8 +59,10 @@ __all__ = [
     "Rescored",
     "Sampling",
     "StepModel",
+    "Trie",
     "adapt",
     "decode",
+    "score",
 ]
 
 
@@ -220,6 +224,9 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
+    if not any(training for _, training in modes):  # setting modes takes as long as a decoder's pass
+        yield
+        return
     was_training = model.training
     model.eval()
     try:

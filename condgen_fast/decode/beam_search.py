@@ -227,7 +227,7 @@ class BeamSearch:
             state = model.reorder(state, parents)
 
         lattice = Lattice.of_steps(columns)
-        result = result.written(_groups_of(rows, G), finished).of_groups(G, k)
+        result = result.written(_groups_of(rows, G), finished).of_groups(G)
         found = hypotheses_of(result, self.n_best, lattice, ends, iterations, model.pad_id)
         return replace(found, lattice=lattice.until(iterations)) if self.keep_lattice else found
 

@@ -86,13 +86,11 @@ class Finished:
         pairs = zip(self._columns(), other._columns(), strict=True)
         return Finished(*(column.index_copy(0, rows, new) for column, new in pairs))
 
-    def of_groups(self, groups: int, beams: int) -> Finished:
-        """The groups [B * groups, H] of each sentence merged, best first; parents count the beams of all groups."""
+    def of_groups(self, groups: int) -> Finished:
+        """The groups [B * groups, H] of each sentence merged, best first."""
         if groups == 1:
             return self
-        first = torch.arange(groups, device=self.parents.device).repeat(self.parents.shape[0] // groups) * beams
-        columns = [self.scores, self.sums, self.parents + first[:, None], self.tokens, self.lengths]
-        columns = [column.reshape(-1, groups * column.shape[1]) for column in columns]
+        columns = [column.reshape(-1, groups * column.shape[1]) for column in self._columns()]
         order = columns[0].sort(dim=1, descending=True, stable=True).indices
         return Finished(*(column.gather(1, order) for column in columns))
 

@@ -103,6 +103,23 @@ class HuggingFaceModel(nn.Module):
         hidden = self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True).last_hidden_state
         return _Memory(hidden, mask)
 
+    def force(self, target: Tensor, memory: _Memory) -> Tensor:
+        """Logits [B, n, T, V] that follow each token of the targets [B, n, T] (the start first)."""
+        B, n, T = target.shape
+        output = self.model(
+            encoder_outputs=(memory.hidden.repeat_interleave(n, 0),),
+            attention_mask=memory.mask.repeat_interleave(n, 0),
+            decoder_input_ids=target.view(B * n, T),
+            use_cache=False,
+            return_dict=True,
+        )
+        logits = output.logits.view(B, n, T, -1)
+        if self.forced_bos_id is None:
+            return logits
+        first = torch.full_like(logits[:, :, :1], -torch.inf)
+        first[..., self.forced_bos_id] = 0.0
+        return torch.cat([first, logits[:, :, 1:]], 2)
+
     def start(self, memory: _Memory, beam_size: int) -> _State:
         return _State(memory, beam_size)
 

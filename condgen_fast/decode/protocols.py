@@ -23,7 +23,9 @@ class StepModel(Protocol):
     """A left-to-right decoder with a cache: one call a token.
 
     A StepModel may also have `select(state, rows) -> state`: the state of those rows [R] of the batch, in that order.
-    Where it is present, finished sentences leave the batch.
+    Where it is present, finished sentences leave the batch. `eos_ids` (ints, eos_id among them) are all the ids that
+    end a hypothesis, where there are several. `force(target [B, n, T], memory) -> logits [B, n, T, V]` is teacher
+    forcing, for `score`.
     """
 
     vocab_size: int

@@ -44,6 +44,13 @@ class Transformer(EncoderDecoder):
         """
         return self.decoder(target, self.encode(source, source_lengths), mask=None, causal=True)
 
+    def force(self, target: Tensor, memory: Memory) -> Tensor:
+        """Logits [B, n, T, V] that follow each token of the targets [B, n, T] (bos first), n for each sentence."""
+        batch, n, length = target.shape
+        rows = torch.arange(batch, device=target.device).repeat_interleave(n)
+        hidden = self.decoder(target.view(-1, length), memory.select(rows), mask=None, causal=True)
+        return self.project(hidden).view(batch, n, length, -1)
+
     def start(self, memory: Memory, beam_size: int) -> TransformerState | CompiledState:
         if compiled.stands_in(self.decoder):
             return CompiledState.start(self, memory, beam_size)
