@@ -30,12 +30,15 @@ def stands_in(*modules: nn.Module) -> bool:
         return False
     if not _library.load() or not hasattr(torch.ops.condgen_fast, "transformer_step"):
         return False
-    for part in (part for module in modules for part in module.modules()):
+    parts = list(modules)
+    while parts:  # nn.Module.modules() and parameters() take four times as long, more than a small decoder's pass
+        part = parts.pop()
+        parts += [child for child in part._modules.values() if child is not None]
         if part.training or part._forward_hooks or part._forward_pre_hooks:
             return False
         if type(part) not in _TORCH and type(part).__module__ != "condgen_fast.models.layers":
             return False
-        if not all(fits(value) for value in part.parameters(recurse=False)):
+        if not all(fits(value) for value in part._parameters.values() if value is not None):
             return False
     return True
 
