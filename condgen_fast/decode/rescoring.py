@@ -11,6 +11,7 @@ from torch import Tensor
 from condgen_fast._check import check_number
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import StepModel, missing_members
+from condgen_fast.decode.scoring import score
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class Rescored:
                 )
         found = self.strategy.run(model, source, source_lengths)
         with _eval_mode(self.teacher):
-            log_probs = forced_log_probs(self.teacher, source, source_lengths, found.tokens, found.lengths)
+            # -1: every candidate ends with eos, which score() knows by its log-probability
+            ended = replace(found, token_log_probs=torch.full_like(found.token_log_probs, -1.0))
+            log_probs = score(self.teacher, source, ended, source_lengths=source_lengths)
         scores = log_probs.double().sum(2) / (found.lengths + 1).double() ** self.length_penalty
         scores = scores.float().masked_fill(found.scores == -torch.inf, -torch.inf)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -71,32 +74,10 @@ class Rescored:
 
         lengths = found.lengths.gather(1, order)
         longest = int(lengths.max())
-        none = scores == -torch.inf
         return replace(
             found,
             tokens=reordered(found.tokens)[..., :longest],
             lengths=lengths,
             scores=scores,
-            token_log_probs=reordered(log_probs)[..., : longest + 1].masked_fill(none[..., None], 0.0),
+            token_log_probs=reordered(log_probs)[..., : longest + 1],
         )
-
-
-def forced_log_probs(
-    model: StepModel, source: Tensor, source_lengths: Tensor, tokens: Tensor, lengths: Tensor
-) -> Tensor:
-    """float32 [B, n, L+1]: what `model` gives each token of [B, n, L] after those before it; eos's after the last.
-
-    Equivalent to teacher forcing: ``log_softmax`` of the logits of ``[bos, *tokens]``, gathered at ``[*tokens, eos]``.
-    """
-    batch, n, width = tokens.shape
-    position = torch.arange(width + 1, device=tokens.device)
-    padded = torch.nn.functional.pad(tokens, (0, 1), value=model.pad_id)
-    targets = torch.where(position == lengths[..., None], model.eos_id, padded)
-    state = model.start(model.encode(source, source_lengths), n)
-    last, columns = torch.full((batch, n), model.bos_id, device=tokens.device), []
-    for t in range(width + 1):
-        logits, state = model.step(last, state)
-        last = targets[..., t]
-        chosen = logits.gather(2, last[..., None])[..., 0].float()
-        columns.append(chosen - logits.float().logsumexp(2))
-    return torch.stack(columns, 2).masked_fill(position > lengths[..., None], 0.0)
