@@ -1,14 +1,18 @@
 """Selection of a beam step against torch and against one read of the logits: pytest benchmarks/bench_beam_search.py
 
-The floor is torch.amax: it reads every logit once and does nothing else worth time.
+The floor is torch.amax: it reads every logit once and does nothing else worth time. The floor of a whole search is a
+model of which every step takes a known time, called as often.
 """
 
 from __future__ import annotations
+
+import time
 
 import pytest
 import torch
 from torch import Tensor
 
+from condgen_fast.decode import BeamSearch, decode
 from condgen_fast.ops.beam_search import BeamTopK, beam_topk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,4 +55,65 @@ def test_beam_topk(compare, device, B, K, V, k, dtype):
             "careful torch": lambda: row_topk_and_merge(logits, scores, k),
         },
         floor=("torch.amax", lambda: torch.amax(logits, -1)),
+    )
+
+
+class TimedModel:
+    """A StepModel that has its logits ready and takes `seconds` to hand them out; eos is only for the limit."""
+
+    vocab_size, pad_id, bos_id, eos_id = 32000, 0, 1, 2
+
+    def __init__(self, B: int, K: int, seconds: float, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.device, self.seconds, self.calls = torch.device(device), seconds, 0
+        self.logits = (3 * torch.randn(2, B, K, self.vocab_size, generator=generator)).to(device)
+        self.logits[..., self.eos_id] = -40.0
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> None:
+        return None
+
+    def start(self, memory: None, beam_size: int) -> None:
+        return None
+
+    def step(self, tokens: Tensor, state: None) -> tuple[Tensor, None]:
+        end = time.perf_counter() + self.seconds
+        self.calls += 1
+        while time.perf_counter() < end:
+            pass
+        return self.logits[self.calls % 2], None
+
+    def reorder(self, state: None, parents: Tensor) -> None:
+        return None
+
+
+# milliseconds a step of a Transformer base decoding at 1.15, 1.3 and 2 times CTranslate2's speed on two cores
+STEPS = {(32, 4): 60.0, (8, 4): 26.0, (1, 4): 11.0}
+OPTIONS = {
+    "plain": BeamSearch(beam_size=4, max_length=32),
+    "heuristic, 4-best, no repeated 3-grams, bans": BeamSearch(
+        beam_size=4, n_best=4, max_length=32, stopping="heuristic", no_repeat_ngram=3, banned=tuple(range(100, 120))
+    ),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("B", "K"), STEPS, ids=[f"B{B}-K{K}" for B, K in STEPS])
+def test_bookkeeping(compare, device, B, K, options):
+    model = TimedModel(B, K, STEPS[B, K] / 1000, device)
+    source = torch.full((B, 32), 5, device=device)
+    beam = OPTIONS[options]
+    found = decode(model, source, beam)
+    assert (found.iterations == 32).all() and (found.lengths == 31).all()
+    tokens = torch.zeros(B, K, dtype=torch.int64, device=device)
+
+    def model_alone() -> None:
+        for _ in range(32):
+            model.step(tokens, None)
+
+    compare(
+        "beam search outside the model",
+        f"B{B} K{K} V32000 T32, step {STEPS[B, K]:.0f} ms, {options}",
+        lambda: decode(model, source, beam),
+        peers={},
+        floor=("the model alone", model_alone),
     )

@@ -362,3 +362,22 @@ def test_max_length_beyond_the_models_positions():
     with pytest.raises(ValueError, match="max_length must be at most model.max_positions = 8; got 9"):
         decode(model, [[0]], BeamSearch(max_length=9))
     assert decode(model, [[0]], BeamSearch(max_length=8)).lengths.max() <= 7
+
+
+@pytest.mark.parametrize("stopping", STOPPING)
+@pytest.mark.parametrize("V", [4, 6])
+def test_brute_force_over_six_tokens(V, stopping):
+    """All hypotheses of up to six tokens, eos included (1365 over six ids), with a beam that holds them all."""
+    longest, sentences = 6, 2
+    model = TableModel(random_table(sentences, sum(V**i for i in range(longest)), V, seed=V))
+    width = (V - 2) ** (longest - 1)
+    for normalization, length_penalty in SCORES:
+        score = dict(normalization=normalization, length_penalty=length_penalty)
+        # a finished list that holds every hypothesis, so that no rule but the limit stops
+        patience = 1.0 if stopping == "exact" else 1.5
+        beam = BeamSearch(beam_size=width, n_best=8, stopping=stopping, patience=patience, max_length=longest, **score)
+        found = decode(model, [[s] for s in range(sentences)], beam)
+        for s in range(sentences):
+            best = all_hypotheses(model, s, longest, **score)[:8]
+            assert found.to_lists()[s] == [tokens for _, tokens in best]
+            assert found.scores[s].tolist() == pytest.approx([value for value, _ in best], abs=1e-5)
