@@ -188,7 +188,7 @@ class BlockDiffusion:
             planned=none,
             done=none,
             passes=none,
-            keys=mixed(torch.where(tokens == model.pad_id, 0, mixed(tokens + mixed(positions))).sum(1)),
+            keys=mixed(torch.where(positions < source_lengths[:, None], mixed(tokens + mixed(positions)), 0).sum(1)),
         )
         if self.prefix_cache and getattr(model, "block_length", None) and hasattr(model, "extend"):
             masked = tokens == model.mask_id

@@ -302,6 +302,12 @@ def test_draws_follow_the_softmax():
         statistic = sum((counts[t] - 1331 * want[t]) ** 2 / (1331 * want[t]) for t in (EOS, 5, 6, 7))
         assert statistic < 16.3  # 3 degrees of freedom, p = 0.001
         got = result.token_log_probs[:, 0, 0]
+        longer = decode(
+            Fixed(), sources, "block_diffusion", max_length=2, block_length=1, temperature=temperature, seed=0
+        )
+        ended = result.lengths[:, 0] == 0  # a draw depends on the prompt, not on how much follows it
+        assert torch.equal(ended, longer.lengths[:, 0] == 0)
+        assert torch.equal(result.tokens[~ended, 0, 0], longer.tokens[~ended, 0, 0])
         possible = logits.log_softmax(0)[[EOS, 5, 6, 7]]  # of temperature 1
         assert ((got[:, None] - possible).abs().amin(1) < 1e-5).all()
 
