@@ -1,7 +1,15 @@
 """Functions of tensors, each with a reference, kernels and one contract."""
 
 from condgen_fast.ops.beam_search import BeamTopK, beam_topk
-from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss, vocabulary_parallel_kd_loss
+from condgen_fast.ops.kd_loss import (
+    KDLossParts,
+    LabelPrior,
+    TopK,
+    kd_loss,
+    kd_loss_parts,
+    linear_kd_loss,
+    vocabulary_parallel_kd_loss,
+)
 from condgen_fast.ops.levenshtein import (
     AppliedEdits,
     EditAlignment,
@@ -22,6 +30,7 @@ __all__ = [
     "Commit",
     "EditAlignment",
     "EditLabels",
+    "KDLossParts",
     "LabelPrior",
     "RowStats",
     "TopK",
@@ -32,6 +41,7 @@ __all__ = [
     "edit_distance",
     "edit_oracle",
     "kd_loss",
+    "kd_loss_parts",
     "linear_kd_loss",
     "random_delete",
     "random_mask",

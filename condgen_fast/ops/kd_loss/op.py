@@ -111,19 +111,14 @@ def kd_loss(
         alpha, temperature, teacher_temperature, scale_by_temperature_squared, divergence, jsd_beta, label_smoothing,
         z_loss, ignore_index, reduction, impl,
     )  # fmt: skip
-    vocab_size = check_tensor(student_logits, "student_logits", shape="... V", dtypes=FLOAT_DTYPES)["V"]
-    if vocab_size == 0:
-        raise ValueError(f"student_logits must have at least one column; got shape {list(student_logits.shape)}")
-    rows_shape = student_logits.shape[:-1]
-    check_rows(labels, weights, rows_shape, vocab_size, ignore_index, student_logits.device)
-    check_teacher(teacher, labels, alpha, rows_shape, vocab_size, student_logits.device)
+    check_tensors(student_logits, teacher, labels, weights, alpha, ignore_index)
     if alpha == 0:
         teacher = None
     impl = choose_impl(impl, student_logits)
     if overwrite_logits:
         check_overwriting(student_logits, impl)
-    if isinstance(teacher, TopK) and teacher.ids.device.type == "cpu" and impl != "compiled":  # which looks for itself
-        check_listed_ids(teacher.ids, "teacher.ids", vocab_size)
+    if impl != "compiled":  # which looks for itself
+        check_top_k(teacher, student_logits.shape[-1])
     if impl == "reference":
         return reference.kd_loss(
             student_logits, teacher, labels, alpha=alpha, temperature=temperature,
@@ -137,7 +132,7 @@ def kd_loss(
     labels, coefficient = row_coefficients(labels, weights, ignore_index, reduction, student_logits, dtype)
     losses = row_losses(student_logits, teacher, labels, coefficient, options, impl, overwrite_logits)
     if reduction == "none":
-        return losses.view(rows_shape)
+        return losses.view(student_logits.shape[:-1])
     return losses.sum(dtype=torch.float64).to(dtype)
 
 
@@ -149,8 +144,9 @@ def row_losses(
     options: KernelOptions,
     impl: str,
     overwrite_logits: bool = False,
-) -> Tensor:
-    """Losses [N] times their coefficient [N], by the kernel for this kind of teacher."""
+    with_parts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Losses [N] times their coefficient [N], by the kernel for this kind of teacher, and parts [N, 8] if wanted."""
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     student = as_rows(student)
     if isinstance(teacher, Tensor):
@@ -161,11 +157,15 @@ def row_losses(
         arguments = (*triton_teacher(teacher), labels, coefficient, *triton_kind(teacher), *options)
         if overwrite_logits and with_gradient:
             return OverwritingLoss.apply(student, *arguments)
-        return kd_loss_triton(student, *arguments, with_gradient, False)[0]
-    if isinstance(teacher, (TopK, LabelPrior)):
+        losses, _, parts = kd_loss_triton(student, *arguments, with_gradient, with_parts)
+    elif isinstance(teacher, (TopK, LabelPrior)):
         listed = listed_distribution(teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype)
-        return kd_loss_sparse(student, *listed, labels, coefficient, *options, with_gradient, False)[0]
-    return kd_loss_dense(student, teacher, labels, coefficient, *options, with_gradient, False)[0]
+        arguments = (*listed, labels, coefficient, *options)
+        losses, _, parts = kd_loss_sparse(student, *arguments, with_gradient, with_parts)
+    else:
+        arguments = (teacher, labels, coefficient, *options)
+        losses, _, parts = kd_loss_dense(student, *arguments, with_gradient, with_parts)
+    return (losses, parts) if with_parts else losses
 
 
 def triton_teacher(teacher) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -278,6 +278,22 @@ def check_options(
         label_smoothing=float(label_smoothing),
         z_loss=float(z_loss),
     )
+
+
+def check_tensors(student_logits, teacher, labels, weights, alpha: float, ignore_index: int) -> None:
+    """Check every tensor of a call."""
+    vocab_size = check_tensor(student_logits, "student_logits", shape="... V", dtypes=FLOAT_DTYPES)["V"]
+    if vocab_size == 0:
+        raise ValueError(f"student_logits must have at least one column; got shape {list(student_logits.shape)}")
+    rows_shape = student_logits.shape[:-1]
+    check_rows(labels, weights, rows_shape, vocab_size, ignore_index, student_logits.device)
+    check_teacher(teacher, labels, alpha, rows_shape, vocab_size, student_logits.device)
+
+
+def check_top_k(teacher, vocab_size: int) -> None:
+    """Check the ids of a TopK on the CPU."""
+    if isinstance(teacher, TopK) and teacher.ids.device.type == "cpu":
+        check_listed_ids(teacher.ids, "teacher.ids", vocab_size)
 
 
 def check_rows(

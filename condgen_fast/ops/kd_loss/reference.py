@@ -56,6 +56,26 @@ def divergence_per_row(log_q: Tensor, log_p: Tensor, divergence: str, jsd_beta: 
     return 0.5 * (q - p).abs().sum(-1)  # tvd
 
 
+def nll_per_row(student: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """Negative log-likelihood [N] of logits [N, V], smoothed and with z-loss. A term with factor 0 is left out, where
+    torch gives NaN for 0 * inf."""
+    log_p = log_softmax(student, 1.0)
+    nll = student.new_zeros(student.shape[0])
+    if label_smoothing < 1:
+        nll = (1 - label_smoothing) * -log_p.gather(-1, labels.clamp(0, student.shape[-1] - 1)[:, None]).squeeze(-1)
+    if label_smoothing > 0:
+        nll = nll + label_smoothing * -log_p.mean(-1)
+    if z_loss > 0:
+        nll = nll + z_loss * log_sum_exp(student) ** 2
+    return nll
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Row log-sum-exp, -inf and without gradient for a row of -inf alone."""
+    dead = (logits == -torch.inf).all(-1)
+    return logits.masked_fill(dead[:, None], 0).logsumexp(-1).masked_fill(dead, -torch.inf)
+
+
 def kd_loss(
     student_logits: Tensor,  # [..., V]
     teacher: Tensor | TopK | LabelPrior | None,
@@ -86,16 +106,7 @@ def kd_loss(
 
     losses = student.new_zeros(rows)
     if alpha < 1:
-        log_p = log_softmax(student, 1.0)
-        nll = student.new_zeros(rows)  # 0 * inf is 0: a term with factor 0 is left out, where torch gives NaN
-        if label_smoothing < 1:
-            nll = (1 - label_smoothing) * -log_p.gather(-1, labels.clamp(0, vocab_size - 1)[:, None]).squeeze(-1)
-        if label_smoothing > 0:
-            nll = nll + label_smoothing * -log_p.mean(-1)
-        if z_loss > 0:
-            dead = (student == -torch.inf).all(-1)
-            lse = student.masked_fill(dead[:, None], 0).logsumexp(-1).masked_fill(dead, -torch.inf)
-            nll = nll + z_loss * lse**2
+        nll = nll_per_row(student, labels, label_smoothing, z_loss)
         losses = losses + (1 - alpha) * nll
     if alpha > 0:
         t_temperature = temperature if teacher_temperature is None else teacher_temperature
@@ -109,6 +120,47 @@ def kd_loss(
     if reduction == "none":
         return losses.reshape(rows_shape)
     return losses.sum() / counts.sum().clamp_min(1) if reduction == "mean" else losses.sum()
+
+
+def kd_loss_rows(student_logits, teacher, labels, coefficient, options) -> tuple[Tensor, Tensor]:
+    """Losses [N] times their coefficient [N], and parts [N, 8] as in KDLossParts; ``options`` are KernelOptions."""
+    dtype, vocab_size = coefficient.dtype, student_logits.shape[-1]
+    counts = coefficient != 0
+    student = student_logits.reshape(-1, vocab_size).to(dtype)
+    student = torch.where(counts[:, None], student, torch.zeros_like(student))
+    log_p = log_softmax(student, options.temperature)
+    zeros = student.new_zeros(student.shape[0])
+
+    def entropy(log_probs: Tensor) -> Tensor:
+        return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0)).sum(-1)
+
+    def chosen(log_probs: Tensor) -> Tensor:
+        return log_probs.argmax(-1).masked_fill((log_probs == -torch.inf).all(-1), -1)
+
+    losses, nll, accuracy = zeros, zeros, zeros
+    kd, t_log_sum_exp, t_entropy, agreement = zeros, zeros, zeros, zeros
+    if labels is not None:
+        nll = nll_per_row(student, labels, options.label_smoothing, options.z_loss)
+        nll = nll.masked_fill((labels < 0) | (labels >= vocab_size), torch.nan)
+        accuracy = (chosen(log_p) == labels).to(dtype)
+        if options.hard > 0:
+            losses = losses + options.hard * nll
+    if teacher is not None:
+        t_temperature = options.teacher_temperature
+        log_q = teacher_log_probs(teacher, labels, vocab_size, t_temperature, dtype).detach()
+        name = ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "tvd")[options.divergence]
+        kd = divergence_per_row(log_q, log_p, name, options.jsd_beta)
+        logits = log_q
+        if isinstance(teacher, Tensor):
+            logits = teacher.detach().reshape(-1, teacher.shape[-1])[:, :vocab_size].to(dtype) / t_temperature
+        t_log_sum_exp, t_entropy = log_sum_exp(logits), entropy(log_q)
+        agreement = ((chosen(log_p) == chosen(log_q)) & (chosen(log_q) >= 0)).to(dtype)
+        if options.soft > 0:
+            losses = losses + options.soft * kd
+    s_log_sum_exp = log_sum_exp(student / options.temperature)
+    columns = (nll, kd, s_log_sum_exp, t_log_sum_exp, entropy(log_p), t_entropy, agreement, accuracy)
+    parts = torch.stack([x.detach() for x in columns], -1)
+    return torch.where(counts, losses * coefficient, 0), torch.where(counts[:, None], parts, 0)
 
 
 def linear_kd_loss(
