@@ -110,9 +110,14 @@ _SPECIAL = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "mask_id": 3}
 _CALLS: dict[str, Callable[[torch.device], object]] = {
     "kd_loss": lambda d: ops.kd_loss(_logits(d), -_logits(d), torch.zeros(2, dtype=torch.int64, device=d)),
     "linear_kd_loss": lambda d: ops.linear_kd_loss(_logits(d), _logits(d), _logits(d), -_logits(d), alpha=1.0),
+    "kd_loss_parts": lambda d: ops.kd_loss_parts(_logits(d), -_logits(d), torch.zeros(2, dtype=torch.int64, device=d)),
     "edit_oracle": lambda d: ops.edit_oracle(_ids(d), _ids(d), pad_id=0),
+    "edit_alignment": lambda d: ops.edit_alignment(_ids(d), _ids(d), pad_id=0, gap_id=-1),
     "edit_distance": lambda d: ops.edit_distance(_ids(d), _ids(d), pad_id=0),
     "apply_edits": lambda d: ops.apply_edits(_ids(d), delete=_ids(d) == 5, **_SPECIAL),
+    "random_delete": lambda d: ops.random_delete(_ids(d), pad_id=0, bos_id=1, eos_id=2),
+    "random_mask": lambda d: ops.random_mask(_ids(d), mask_id=4, pad_id=0, bos_id=1, eos_id=2),
+    "random_shuffle": lambda d: ops.random_shuffle(_ids(d), pad_id=0, bos_id=1, eos_id=2),
     "beam_topk": lambda d: ops.beam_topk(_logits(d)[None], torch.zeros(1, 2, device=d), 2),
     "row_stats": lambda d: ops.row_stats(_logits(d)),
     "remask": lambda d: ops.remask(

@@ -14,8 +14,8 @@ import torch
 
 from condgen_fast import _library, doctor
 
-OPS = ("kd_loss", "linear_kd_loss", "edit_oracle", "edit_distance", "apply_edits", "beam_topk", "row_stats", "remask",
-       "commit")  # fmt: skip
+OPS = ("kd_loss", "linear_kd_loss", "kd_loss_parts", "edit_oracle", "edit_alignment", "edit_distance", "apply_edits",
+       "random_delete", "random_mask", "random_shuffle", "beam_topk", "row_stats", "remask", "commit")  # fmt: skip
 CAPABILITIES = ("baseline", "avx2", "avx512")
 
 
