@@ -286,6 +286,18 @@ def test_seeds_make_draws_reproducible_and_prompts_draw_apart():
     assert decode(model, [[5]], cold).to_lists() == decode(model, [[5]], BlockDiffusion(max_length=20)).to_lists()
 
 
+def test_every_pass_and_position_draws_anew(monkeypatch):
+    drawn, real_row_stats = [], block_diffusion.row_stats
+
+    def recorded(logits, **options):
+        drawn.extend(options["noise_rows"].tolist())
+        return real_row_stats(logits, **options)
+
+    monkeypatch.setattr(block_diffusion, "row_stats", recorded)
+    decode(RandomLM(eos=False), [[5], [6, 7]], BlockDiffusion(max_length=6, policy="quota", temperature=1.0))
+    assert len(drawn) == 2 * (6 + 5 + 4 + 3 + 2 + 1) and len(set(drawn)) == len(drawn)
+
+
 def test_draws_follow_the_softmax():
     logits = torch.full((VOCABULARY,), -torch.inf)
     logits[[EOS, 5, 6, 7]] = torch.tensor([0.0, 1.0, 2.0, 0.5])

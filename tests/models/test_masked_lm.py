@@ -70,6 +70,9 @@ def test_extend_gives_the_states_of_the_whole_canvas_piece_by_piece():
         pieces = torch.stack([tokens[b, s : s + 3] for b, s in zip((1, 0, 1), starts, strict=True)])
         want = torch.stack([whole[b, s : s + 3] for b, s in zip((1, 0, 1), starts, strict=True)])
         torch.testing.assert_close(model.extend(pieces, starts, prefix), want)
+        # The last piece of the padded canvas has one token that is real, which does not see the padding.
+        end = model.extend(tokens[[1, 0, 1], 9:], torch.tensor([9, 9, 9]), prefix)
+        torch.testing.assert_close(end[:, 0], whole[[1, 0, 1], 9])
 
 
 PAIRS = [([7, 8], [9, 10, 11]), ([7], [9]), ([5, 6, 7, 8, 9], [10] * 9)]
