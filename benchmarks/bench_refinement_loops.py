@@ -137,7 +137,8 @@ def test_masked_projection(compare, device, length_beam):
     )
 
 
-def test_latency(compare, device):
+@pytest.mark.parametrize("eos_penalty", [0.0, 1.5])  # the default, and what is best on the valid set
+def test_latency(compare, device, eos_penalty):
     """Eight sentences of the embedded test set, from the shortest to the longest, one by one."""
     try:
         models = {name: load_model(name, device=device) for name in ("levenshtein-en-de", "transformer-en-de")}
@@ -151,6 +152,6 @@ def test_latency(compare, device):
         sources = [torch.tensor([[*ids, model.eos_id]], device=device) for ids in vocabulary.encode(chosen)]
         return lambda: [decode(model, source, strategy).tokens for source in sources]
 
-    ours = translator("levenshtein-en-de", LevenshteinRefinement())
+    ours = translator("levenshtein-en-de", LevenshteinRefinement(eos_penalty=eos_penalty))
     peers = {f"beam {size}": translator("transformer-en-de", BeamSearch(beam_size=size)) for size in (4, 5)}
-    compare("decode with the shipped models", "LevT 8 x B1", ours, peers=peers)
+    compare("decode with the shipped models", f"LevT penalty {eos_penalty} 8 x B1", ours, peers=peers)
