@@ -2,7 +2,7 @@
 
 TopK and LabelPrior are compared with our dense path, as torch has to turn them into dense teachers first. The floor is
 one torch.add of the same size: two reads and a write, as the loss reads two sides and writes the gradient; that of
-linear_kd_loss is its four matrix products.
+linear_kd_loss is its four matrix products and kd_loss of their logits.
 """
 
 from __future__ import annotations
@@ -94,14 +94,20 @@ def test_dense(compare, device, N, V, dtype):
 
 
 def beside_dense(
-    compare, case: str, student: Tensor, sparse: TopK | LabelPrior, teacher: Tensor, labels: Tensor
+    compare,
+    case: str,
+    student: Tensor,
+    sparse: TopK | LabelPrior,
+    teacher: Tensor,
+    labels: Tensor,
+    peers: dict[str, Callable[[], object]] | None = None,
 ) -> None:
     """Time a teacher of a few tokens beside a dense one."""
     compare(
         "kd_loss",
         case,
         forward_backward(ours, student, sparse, labels),
-        peers={"our dense path": forward_backward(ours, student, teacher, labels)},
+        peers={"our dense path": forward_backward(ours, student, teacher, labels)} | (peers or {}),
         floor=one_add(student, teacher),
     )
 
@@ -128,7 +134,19 @@ def test_label_prior(compare, device, N, V):
     few = labels[:8]
     table = torch.full((8, V), 1e-4, device=device).scatter_(1, ids[few], prior.weights.expand(8, k)).log()
     torch.testing.assert_close(ours(student[:8], prior, few), ours(student[:8], table, few))
-    beside_dense(compare, f"label prior k{k} N{N} V{V} fp32", student, prior, teacher, labels)
+    # As D2GPo does: prior[labels] from a V x V matrix, of which only as many rows are in memory here as it fits
+    height = min(V, 2**28 // V)
+    matrix, picked = torch.full((height, V), 1e-4, device=device), labels % height
+
+    def by_matrix() -> None:
+        student.grad = None
+        log_q = F.log_softmax(matrix[picked].log() / TEMPERATURE, -1)
+        log_p = F.log_softmax(student / TEMPERATURE, -1)
+        soft = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+        ((1 - ALPHA) * F.cross_entropy(student, labels) + ALPHA * TEMPERATURE**2 * soft).backward()
+
+    peers = {"torch, prior[labels] of a matrix": by_matrix}
+    beside_dense(compare, f"label prior k{k} N{N} V{V} fp32", student, prior, teacher, labels, peers)
 
 
 @by_shape(LINEAR_SHAPES)
@@ -142,15 +160,20 @@ def test_linear(compare, device, N, V):
     hidden.requires_grad_()
     weight.requires_grad_()
 
+    logits, teacher_logits, _ = inputs(N, V, "fp32", device)
+
     def eager(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
         return eager_kd_loss(hidden @ weight.t(), teacher_hidden @ teacher_weight.t(), labels)
 
     def fused(*arguments: Tensor) -> Tensor:
         return linear_kd_loss(*arguments, alpha=ALPHA, temperature=TEMPERATURE)
 
-    @torch.no_grad()
+    row_kernels = forward_backward(ours, logits, teacher_logits, labels)
+
     def products() -> None:
-        hidden @ weight.t(), teacher_hidden @ teacher_weight.t(), gradient @ weight, gradient.t() @ hidden
+        with torch.no_grad():
+            hidden @ weight.t(), teacher_hidden @ teacher_weight.t(), gradient @ weight, gradient.t() @ hidden
+        row_kernels()
 
     arguments = (hidden, weight, teacher_hidden, teacher_weight, labels)
     few = (hidden[:64], weight, teacher_hidden[:64], teacher_weight, labels[:64])
@@ -160,5 +183,5 @@ def test_linear(compare, device, N, V):
         f"N{N} D{D} V{V} fp32",
         forward_backward(fused, *arguments),
         peers={"eager torch": forward_backward(eager, *arguments)},
-        floor=("matrix products alone", products),
+        floor=("matrix products and our loss of their logits", products),
     )
