@@ -59,7 +59,10 @@ def test_beam_topk(compare, device, B, K, V, k, dtype):
 
 
 class TimedModel:
-    """A StepModel that has its logits ready and takes `seconds` to hand them out; eos is only for the limit."""
+    """A StepModel that has its logits ready and takes `seconds` to hand them out; eos is only for the limit.
+
+    It multiplies matrices meanwhile, as models do: what follows finds the threads awake and the caches used.
+    """
 
     vocab_size, pad_id, bos_id, eos_id = 32000, 0, 1, 2
 
@@ -68,6 +71,7 @@ class TimedModel:
         self.device, self.seconds, self.calls = torch.device(device), seconds, 0
         self.logits = (3 * torch.randn(2, B, K, self.vocab_size, generator=generator)).to(device)
         self.logits[..., self.eos_id] = -40.0
+        self.inputs, self.weights = torch.randn(64, 512, device=device), torch.randn(8, 512, 512, device=device)
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> None:
         return None
@@ -79,7 +83,7 @@ class TimedModel:
         end = time.perf_counter() + self.seconds
         self.calls += 1
         while time.perf_counter() < end:
-            pass
+            self.inputs @ self.weights[self.calls % 8]
         return self.logits[self.calls % 2], None
 
     def reorder(self, state: None, parents: Tensor) -> None:

@@ -19,6 +19,7 @@ from condgen_fast.decode.left_to_right import (
     check_due,
     check_lengths,
     is_any,
+    may_look,
     never_generated,
     take,
     target_limits,
@@ -351,6 +352,8 @@ class BeamSearch:
         if rules.overflow == "order":
             room = (finished.scores == -torch.inf).sum(1, keepdim=True)
             ending = ending & (ending.cumsum(1) <= room)
+        if may_look(ending.device) and not ending.any():
+            return finished, topped
         counted = norm[length] if rules.count_eos else torch.where(is_end, norm[length - 1], norm[length])
         values = found.ranks if self.choose == "stochastic" else found.sums
         scores = torch.where(ending, values / counted, -torch.inf)

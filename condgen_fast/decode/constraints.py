@@ -36,6 +36,7 @@ class Constraints:
     ) -> None:
         self.banned = torch.tensor(banned, dtype=torch.int64, device=device)
         self.early = torch.tensor(banned + [e for e in ends if e not in banned], dtype=torch.int64, device=device)
+        self._ban = torch.full((16,), -torch.inf, device=device)
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.min_length, self.no_repeat_ngram = min_length, no_repeat_ngram
         self.prefix_lengths = prefix_lengths
@@ -62,10 +63,8 @@ class Constraints:
         if step < self.longest_prefix:
             forced = self.prefix_lengths[rows] > step
         shape = (rows.shape[0], beams)
-        bans = []
         static = self.early if step + 1 < self.min_length else self.banned
-        if static.shape[0]:
-            bans.append(static.expand(*shape, -1))
+        bans = [static.expand(*shape, -1)] if static.shape[0] else []
         if at_limit is not None and step + 1 < self.min_length:  # which gives way to the limit
             is_end = (bans[0][..., None] == self.ends).any(-1) & ~(self.banned[:, None] == self.ends).any()
             bans[0] = bans[0].masked_fill(is_end & at_limit[:, None, None], -1)
@@ -76,8 +75,9 @@ class Constraints:
             tokens = bans[0] if len(bans) == 1 else torch.cat(bans, 2)
             if forced is not None:
                 tokens = tokens.masked_fill(forced[:, None, None], -1)
-            amounts = torch.full((1, 1, 1), -torch.inf, device=rows.device).expand(tokens.shape)
-            adjust = Adjustments(tokens, amounts)
+            if self._ban.shape[0] < tokens.shape[2]:
+                self._ban = torch.full((2 * tokens.shape[2],), -torch.inf, device=rows.device)
+            adjust = Adjustments(tokens, self._ban[: tokens.shape[2]].expand(tokens.shape))
         return adjust, self._allowed(step, rows, nodes, at_limit, forced, shape), forced
 
     def _allowed(

@@ -46,6 +46,11 @@ def check_due(step: int, device: torch.device) -> bool:
     return device.type == "cpu" or (step + 1) % STEPS_BETWEEN_CHECKS == 0
 
 
+def may_look(device: torch.device) -> bool:
+    """Whether the host may ask at any step, as nobody waits for the answer."""
+    return device.type == "cpu"
+
+
 class Unfinished:
     """How many sentences are not finished, as far as the host knows.
 
