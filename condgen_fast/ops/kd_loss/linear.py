@@ -181,7 +181,10 @@ def _linear_kd_loss(
             if needs_hidden:
                 d_hidden[chunk] = _product(gradient, student_weight, dtype)
             if needs_weight:
-                d_weight += _product(gradient.t(), hidden, dtype)
+                if hidden.device.type == "cpu":  # without a product beside it
+                    d_weight.addmm_(gradient.t(), hidden.to(dtype))
+                else:
+                    d_weight += _product(gradient.t(), hidden, dtype)
     return (
         losses,
         d_hidden,
