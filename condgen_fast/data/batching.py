@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from condgen_fast._check import check_number
+
+T = TypeVar("T")
 
 
 class Encoder(Protocol):
@@ -34,6 +38,14 @@ def pad_sequences(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return torch.from_numpy(padded)
+
+
+def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of `size` items, the last one shorter: a stream in parts that can be sorted by length."""
+    check_number(size, "size", minimum=1, integer=True)
+    items = iter(items)
+    while window := list(islice(items, size)):
+        yield window
 
 
 class TokenRows(Sequence[list[int]]):

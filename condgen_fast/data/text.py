@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from condgen_fast.data.files import write_atomically
@@ -28,6 +28,19 @@ def read_lines(path: str | Path) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
+def iterate_lines(path: str | Path) -> Iterator[str]:
+    """The lines of `read_lines` one after the other, of a file of any size."""
+    name = "standard input" if str(path) == "-" else str(path)
+    with open(sys.stdin.fileno() if str(path) == "-" else path, "rb", closefd=str(path) != "-") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                raise ValueError(f"{name}, line {number}: text must be UTF-8; got byte 0x{byte:02x}") from None
+            yield (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
+
+
 def read_parallel(source_path: str | Path, target_path: str | Path) -> tuple[list[str], list[str]]:
     """Lines of two line-aligned files; a ValueError with both counts when they are not of equal length."""
     source, target = read_lines(source_path), read_lines(target_path)
@@ -44,7 +57,7 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     A line that would not read back as one line (it holds \n or ends with \r) is a ValueError that names it. On any
     error, a full disk included, a file that stood there before is left as it was.
     """
-    encoded = [_encode(number, line) for number, line in enumerate(lines, 1)]
+    encoded = (_encode(number, line) for number, line in enumerate(lines, 1))
     if str(path) == "-":
         sys.stdout.flush()
         sys.stdout.buffer.writelines(encoded)

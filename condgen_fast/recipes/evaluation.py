@@ -98,16 +98,17 @@ def translate_lines(
     max_tokens: int = 4096,
     truncate: bool = False,
     progress: bool = False,
+    first: int = 1,
     **options: object,
 ) -> list[str]:
     """Translate text, one sentence a line; an empty line stays empty.
 
     A line with more tokens than the model has positions is a ValueError that names it, before anything is decoded;
-    with `truncate` its end is left out.
+    with `truncate` its end is left out. `first` is the number of the first line.
     """
     encoded = vocabulary.encode(lines)
     longest = model.max_positions - 1
-    for number, ids in enumerate(encoded, 1):
+    for number, ids in enumerate(encoded, first):
         if len(ids) > longest:
             if not truncate:
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condgen_fast.data.batching import ParallelDataset, TokenRows, pad_sequences, token_batches
+from condgen_fast.data.batching import ParallelDataset, TokenRows, pad_sequences, token_batches, windows
 
 
 class Letters:
@@ -150,3 +150,17 @@ def test_bad_arguments(changes, message):
     arguments = {"source_lengths": [1, 2], "target_lengths": [1, 2], "max_tokens": 8, "seed": 0, "epoch": 0}
     with pytest.raises(ValueError, match=message):
         token_batches(**(arguments | changes))
+
+
+def test_windows_are_consecutive_and_lazy():
+    def numbers():
+        for i in range(5):
+            taken.append(i)
+            yield i
+
+    taken = []
+    parts = windows(numbers(), 2)
+    assert next(parts) == [0, 1] and taken == [0, 1]
+    assert list(parts) == [[2, 3], [4]] and list(windows([], 3)) == []
+    with pytest.raises(ValueError, match="size must be >= 1"):
+        next(windows([1], 0))

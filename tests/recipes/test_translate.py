@@ -44,6 +44,16 @@ def test_the_result_does_not_depend_on_the_batch(teacher, tmp_path):
     assert translate(teacher, tmp_path, text) == translate(teacher, tmp_path, text, "--max-tokens", "1")
 
 
+def test_windows_keep_the_order_and_the_numbers_of_lines(teacher, tmp_path, capsys):
+    text = b"open the file\n\nsave\nclose the window and the new file\nmenu\n"
+    assert translate(teacher, tmp_path, text) == translate(teacher, tmp_path, text, "--window", "2")
+    (tmp_path / "in").write_bytes(b"open\n" * 3 + b"\xff\n")
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "new"), "--device", "cpu"]
+    assert main(["translate", "--model", str(teacher), *arguments, "--window", "2"]) != 0
+    assert "line 4: text must be UTF-8; got byte 0xff" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_reader_that_left_is_no_error():
     """As in `condgen-fast doctor | head -1`: no traceback, and the status of a process that SIGPIPE ended."""
     reader, writer = os.pipe()
