@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from condgen_fast.data import embedded
-from condgen_fast.data.batching import pad_sequences
+from condgen_fast.data.batching import pad_sequences, windows
 from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict, adapt, decode
 from condgen_fast.models.checkpoint import load_model
 from condgen_fast.models.layers import SIZES, TransformerConfig
 from condgen_fast.models.transformer import Transformer
+from condgen_fast.recipes.evaluation import translate_lines
 
 try:
     import transformers
@@ -253,3 +254,24 @@ def test_shipped(compare, device, name, B):
         peers={"beam 5": translator("transformer-en-de", BeamSearch(beam_size=5), B, device)},
         floor=floor,
     )
+
+
+def test_translate(compare, device):
+    """A file of 400 lines: sorted by length into batches of a token budget, or as it comes, 32 lines at a time."""
+    model, vocabulary = load_model("transformer-en-de", device=device)
+    lines = embedded.load("test")[0][:400]
+
+    def ours() -> list[str]:
+        return translate_lines(model, vocabulary, lines, "beam", beam_size=4, max_tokens=2048)
+
+    def unsorted() -> list[str]:
+        parts = windows(lines, 32)
+        return [
+            line
+            for part in parts
+            for line in translate_lines(model, vocabulary, part, "beam", beam_size=4, max_tokens=10**6)
+        ]
+
+    assert ours() == unsorted()
+    tokens = sum(map(len, vocabulary.encode(lines)))
+    compare("translate", f"400 lines, {tokens} tokens, beam 4", ours, peers={"32 lines at a time": unsorted})
