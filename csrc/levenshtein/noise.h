@@ -80,8 +80,9 @@ CONDGEN_FAST_HOST_DEVICE inline void shuffle_tokens(const NoiseArguments<Id>& ar
     }
     return;
   }
-  const int64_t reach = arguments.distance < count ? arguments.distance : count;
-  auto key = [&](int64_t i) { return (static_cast<uint64_t>(i) << 32) + draws(i) * static_cast<uint64_t>(reach + 1); };
+  const auto range = static_cast<uint64_t>(arguments.distance + 1);
+  auto key = [&](int64_t i) { return (static_cast<uint64_t>(i) << 32) + draws(i) * range; };
+  const int64_t reach = arguments.distance < count ? arguments.distance : count;  // beyond it no key can pass another
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t own = key(i);
     int64_t place = i;

@@ -90,6 +90,17 @@ def test_shuffled_tokens_stay_near(device):
             assert abs(swapped - 1 / 8) < 5 * math.sqrt(7 / 64 / rows)
 
 
+def test_a_distance_beyond_the_row_shuffles_further(device):
+    """Sorted by place + u, u uniform in [0, distance + 1), however short the row: 2 of 2 tokens change places where
+    u > 1 + v, with probability (1 - 1 / (distance + 1))^2 / 2."""
+    rows = 10_000
+    tokens = sentences([2] * rows, device=device)
+    for distance in (2, 9, 2**30):
+        swapped = random_shuffle(tokens, distance=distance, generator=seeded(device, 6), **IDS)[:, 1] == 11
+        wanted = (1 - 1 / (distance + 1)) ** 2 / 2
+        assert abs(swapped.double().mean().item() - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / rows)
+
+
 def test_any_permutation_is_as_likely(device):
     rows = 12_000
     tokens = sentences([3] * rows, device=device)

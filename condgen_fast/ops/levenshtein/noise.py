@@ -178,8 +178,7 @@ def _shuffled(row: list[int], draws: _Draws, bos_id: int, eos_id: int, distance:
             other = draws.below(i, i + 1)
             inner[i], inner[other] = inner[other], inner[i]
     else:
-        reach = min(distance, len(inner))
-        order = sorted(range(len(inner)), key=lambda i: (i << 32) + draws(i) * (reach + 1))
+        order = sorted(range(len(inner)), key=lambda i: (i << 32) + draws(i) * (distance + 1))
         inner = [inner[i] for i in order]
     return row[:begin] + inner + row[end:]
 
