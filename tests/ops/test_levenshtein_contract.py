@@ -50,6 +50,8 @@ def test_messages():
             r"carried\[1\] must have shape \[B, S, ...\] with B=1, S=3 on cpu; got \[1, 2\] on cpu",
             lambda: apply_edits(x, carried=(x, x[:, :2]), **IDS),
         ),
+        (TypeError, "carried must be a sequence of Tensors; got Tensor", lambda: apply_edits(x, carried=x, **IDS)),
+        (TypeError, "carried must be a sequence of Tensors; got NoneType", lambda: apply_edits(x, carried=None, **IDS)),
         (TypeError, "pad_id must be an int; got float", lambda: edit_distance(x, x, pad_id=0.0)),
         (ValueError, "delete must be bool; got int64", lambda: apply_edits(x, delete=x, **IDS)),
         (ValueError, r"delete must have .*; got \[1, 2\]", lambda: apply_edits(x, delete=x[:, :2].bool(), **IDS)),

@@ -118,5 +118,7 @@ def test_tensors_are_carried_along(device, impl):
     assert torch.equal(moved[0, 4], hidden[0, 3]) and not moved[0, 2].any() and torch.equal(moved[1, 2], hidden[1, 1])
     moved.sum().backward()  # what was deleted, and padding, gets no gradient
     assert hidden.grad[:, :, 0, 0].tolist() == [[1, 1, 0, 1, 1], [1, 1, 0, 0, 0]]
+    scores = hidden[:, :, 0, 0]
+    assert not apply_edits(tokens, delete=delete, scores=scores, **IDS, impl=impl).scores.requires_grad
     empty = apply_edits(tokens[:, :0], max_length=4, insert=insert[:, :0], carried=(hidden[:, :0],), **IDS, impl=impl)
     assert empty.carried[0].shape == (2, 4, 3, 2) and not empty.carried[0].any()

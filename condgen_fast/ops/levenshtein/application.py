@@ -82,6 +82,9 @@ def apply_edits(
         check_tensor(insert, "insert", shape="B S-1", dtypes=(torch.int64,), device=tokens.device, sizes=slots)
     if scores is not None:
         check_tensor(scores, "scores", shape="B S", dtypes=_SCORE_DTYPES, device=tokens.device, sizes=sizes)
+        scores = scores.detach() if scores.requires_grad else scores
+    if not isinstance(carried, Sequence):  # a Tensor is none
+        raise TypeError(f"carried must be a sequence of Tensors; got {type(carried).__name__}")
     for k, values in enumerate(carried):
         name = f"carried[{k}]"
         if not isinstance(values, Tensor):
