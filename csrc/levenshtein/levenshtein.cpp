@@ -57,14 +57,11 @@ Tensor edit_distance_cpu(const Tensor& a, const Tensor& b, int64_t pad_id, bool 
     const BadRows bad = over_rows(pairs, pair_tokens, [&](int64_t begin, int64_t end) {
       return CONDGEN_FAST_CPU_CALL(edit_distance, arguments, begin, end);
     });
-    auto row_of = [&](int64_t pair, const auto* first, const auto* row, int64_t width) {
-      return pair == kNoRow ? kNoRow : (row - first) / std::max<int64_t>(width, 1);
-    };
-    refuse_padding(row_of(bad.padded_first, arguments.a, arguments.first_row(bad.padded_first), arguments.width),
-                   arguments.a, arguments.width, arguments.pad_id, "a");
-    refuse_padding(
-        row_of(bad.padded_second, arguments.b, arguments.second_row(bad.padded_second), arguments.other_width),
-        arguments.b, arguments.other_width, arguments.pad_id, "b");
+    int64_t row_of_a = bad.padded_first, row_of_b = bad.padded_second;  // pairs so far
+    if (arguments.others > 0 && row_of_a != kNoRow) row_of_a /= arguments.others;
+    if (arguments.others > 0 && row_of_b != kNoRow) row_of_b %= arguments.others;
+    refuse_padding(row_of_a, arguments.a, arguments.width, arguments.pad_id, "a");
+    refuse_padding(row_of_b, arguments.b, arguments.other_width, arguments.pad_id, "b");
   });
 }
 

@@ -39,6 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edit_oracle_cuda(const Tensor& tokens
 Tensor edit_distance_cuda(const Tensor& a, const Tensor& b, int64_t pad_id, bool substitution, bool all_pairs) {
   const OnDeviceOf device(a);
   return edit_distance_op(a, b, pad_id, substitution, all_pairs, [&](const auto& arguments, int64_t pairs) {
+    CONDGEN_FAST_CHECK(pairs <= INT32_MAX, "a and b must make at most 2147483647 pairs on a GPU; got ", pairs);
     const Scratch rows(a, pairs, 2 * ceil_div<int64_t>(arguments.other_width, kWarp));
     edit_distance_kernel<<<pairs, kWarp, rows.shared_bytes, device.stream()>>>(arguments, rows.data(), rows.words);
     check_launch("edit_distance");

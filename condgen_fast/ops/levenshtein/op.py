@@ -89,7 +89,8 @@ def edit_distance(
         [B] int64, or [B, C] with ``all_pairs``.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or choice; on the CPU also padding before a token.
+        ValueError: a wrong shape, dtype, device or choice; on the CPU also padding before a token; on a GPU also 2^31
+            pairs or more.
 
     Equivalent to: ``torch.tensor([rapidfuzz.distance.Levenshtein.distance(x, y) for x, y in zip(a, b)])`` on lists
     without padding (``Indel.distance`` for "indel").
