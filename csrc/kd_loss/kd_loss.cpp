@@ -51,18 +51,25 @@ void check_labels(const int64_t* labels, const void* coefficient, bool is_double
 void check_ids(const int64_t* ids, int64_t rows, int64_t k, int64_t vocab_size) {
   parallel_for(rows, 4 * k, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> last_row(vocab_size, -1);  // that a token was listed in
-    for (int64_t i = begin * k; i < end * k; ++i) {
-      CONDGEN_FAST_CHECK(ids[i] >= 0 && ids[i] < vocab_size, "teacher.ids must be in [0, ", vocab_size, "); got ",
-                         ids[i]);
-      CONDGEN_FAST_CHECK(last_row[ids[i]] != i / k, "teacher.ids must be distinct within a row; got ", ids[i],
-                         " twice");
-      last_row[ids[i]] = i / k;
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t j = n * k; j < (n + 1) * k; ++j) {
+        const int64_t id = ids[j];
+        CONDGEN_FAST_CHECK(id >= 0 && id < vocab_size, "teacher.ids must be in [0, ", vocab_size, "); got ", id);
+        CONDGEN_FAST_CHECK(last_row[id] != n, "teacher.ids must be distinct within a row; got ", id, " twice");
+        last_row[id] = n;
+      }
     }
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> run(Arguments& arguments, const Tensor& student, const std::optional<Tensor>& labels,
-                                       const Tensor& coefficient, bool with_gradient, bool with_parts) {
+using Results = std::tuple<Tensor, Tensor, Tensor>;  // losses, gradient, parts
+
+enum class Gradient { kNone, kNew, kOverLogits };
+
+Gradient new_gradient(bool wanted) { return wanted ? Gradient::kNew : Gradient::kNone; }
+
+Results run(Arguments& arguments, const Tensor& student, const std::optional<Tensor>& labels, const Tensor& coefficient,
+            Gradient place, bool with_parts) {
   check_shape(student, "student", {-1, -1, -1});
   const int64_t rows = student.size(0) * student.size(1), width = student.size(2);
   CONDGEN_FAST_CHECK(width > 0, "student must have at least one column; got none");
@@ -88,11 +95,17 @@ std::tuple<Tensor, Tensor, Tensor> run(Arguments& arguments, const Tensor& stude
 
   Tensor losses = torch::stable::new_empty(factors, {rows});
   Tensor parts = torch::stable::new_empty(factors, {with_parts ? rows : 0, with_parts ? kParts : 0});
-  Tensor gradient = with_gradient ? torch::stable::new_empty(student, {student.size(0), student.size(1), width})
-                                  : torch::stable::new_empty(student, {0});
+  Tensor gradient = place == Gradient::kNew
+                        ? torch::stable::new_empty(student, {student.size(0), student.size(1), width})
+                        : torch::stable::new_empty(student, {0});
   arguments.losses = losses.data_ptr();
   arguments.parts = with_parts ? parts.data_ptr() : nullptr;
-  if (with_gradient) arguments.gradient = describe(gradient, "gradient");
+  if (place == Gradient::kNew) arguments.gradient = describe(gradient, "gradient");
+  if (place == Gradient::kOverLogits) {
+    CONDGEN_FAST_CHECK(logits.data_ptr() == student.data_ptr(), "rows of student must be contiguous; got stride ",
+                       student.stride(2));
+    arguments.gradient = arguments.student;
+  }
   arguments.stream = rows * width * size_of(arguments.student.dtype) >= kStreamedBytes;
   parallel_for(rows, kWorkPerLogit * width,
                [&](int64_t begin, int64_t end) { CONDGEN_FAST_CPU_CALL(loss_of_rows, arguments, begin, end); });
@@ -116,15 +129,10 @@ Arguments with_options(int64_t divergence, double hard, double soft, double temp
   return arguments;
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss_dense_cpu(const Tensor& student, const std::optional<Tensor>& teacher,
-                                                     const std::optional<Tensor>& labels, const Tensor& coefficient,
-                                                     int64_t divergence, double hard, double soft, double temperature,
-                                                     double teacher_temperature, double jsd_beta,
-                                                     double label_smoothing, double z_loss, bool with_gradient,
-                                                     bool with_parts) {
-  Arguments arguments =
-      with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss);
-  CONDGEN_FAST_CHECK(teacher.has_value() || soft == 0, "teacher must be given unless soft is 0; got None");
+Results dense(Arguments arguments, const Tensor& student, const std::optional<Tensor>& teacher,
+              const std::optional<Tensor>& labels, const Tensor& coefficient, Gradient place, bool with_parts) {
+  CONDGEN_FAST_CHECK(teacher.has_value() || arguments.options.soft == 0,
+                     "teacher must be given unless soft is 0; got None");
   Tensor kept;
   if (teacher) {
     check_shape(student, "student", {-1, -1, -1});
@@ -134,18 +142,12 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_dense_cpu(const Tensor& student, cons
     kept = with_contiguous_rows(*teacher);
     arguments.teacher = describe(kept, "teacher");
   }
-  return run(arguments, student, labels, coefficient, with_gradient, with_parts);
+  return run(arguments, student, labels, coefficient, place, with_parts);
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss_sparse_cpu(const Tensor& student, const Tensor& ids,
-                                                      const Tensor& probabilities, const Tensor& floor,
-                                                      const std::optional<Tensor>& labels, const Tensor& coefficient,
-                                                      int64_t divergence, double hard, double soft, double temperature,
-                                                      double teacher_temperature, double jsd_beta,
-                                                      double label_smoothing, double z_loss, bool with_gradient,
-                                                      bool with_parts) {
-  Arguments arguments =
-      with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss);
+Results sparse(Arguments arguments, const Tensor& student, const Tensor& ids, const Tensor& probabilities,
+               const Tensor& floor, const std::optional<Tensor>& labels, const Tensor& coefficient, Gradient place,
+               bool with_parts) {
   check_shape(student, "student", {-1, -1, -1});
   const int64_t rows = student.size(0) * student.size(1), k = ids.size(ids.dim() - 1);
   const ScalarType real = student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -164,7 +166,44 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_sparse_cpu(const Tensor& student, con
   arguments.floor = kept_floor.data_ptr();
   arguments.k = k;
   check_ids(arguments.ids, rows, k, student.size(2));
-  return run(arguments, student, labels, coefficient, with_gradient, with_parts);
+  return run(arguments, student, labels, coefficient, place, with_parts);
+}
+
+Results kd_loss_dense_cpu(const Tensor& student, const std::optional<Tensor>& teacher,
+                          const std::optional<Tensor>& labels, const Tensor& coefficient, int64_t divergence,
+                          double hard, double soft, double temperature, double teacher_temperature, double jsd_beta,
+                          double label_smoothing, double z_loss, bool with_gradient, bool with_parts) {
+  return dense(
+      with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss),
+      student, teacher, labels, coefficient, new_gradient(with_gradient), with_parts);
+}
+
+Tensor kd_loss_dense_over_logits_cpu(const Tensor& student, const std::optional<Tensor>& teacher,
+                                     const std::optional<Tensor>& labels, const Tensor& coefficient, int64_t divergence,
+                                     double hard, double soft, double temperature, double teacher_temperature,
+                                     double jsd_beta, double label_smoothing, double z_loss) {
+  return std::get<0>(
+      dense(with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss),
+            student, teacher, labels, coefficient, Gradient::kOverLogits, false));
+}
+
+Results kd_loss_sparse_cpu(const Tensor& student, const Tensor& ids, const Tensor& probabilities, const Tensor& floor,
+                           const std::optional<Tensor>& labels, const Tensor& coefficient, int64_t divergence,
+                           double hard, double soft, double temperature, double teacher_temperature, double jsd_beta,
+                           double label_smoothing, double z_loss, bool with_gradient, bool with_parts) {
+  return sparse(
+      with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss),
+      student, ids, probabilities, floor, labels, coefficient, new_gradient(with_gradient), with_parts);
+}
+
+Tensor kd_loss_sparse_over_logits_cpu(const Tensor& student, const Tensor& ids, const Tensor& probabilities,
+                                      const Tensor& floor, const std::optional<Tensor>& labels,
+                                      const Tensor& coefficient, int64_t divergence, double hard, double soft,
+                                      double temperature, double teacher_temperature, double jsd_beta,
+                                      double label_smoothing, double z_loss) {
+  return std::get<0>(
+      sparse(with_options(divergence, hard, soft, temperature, teacher_temperature, jsd_beta, label_smoothing, z_loss),
+             student, ids, probabilities, floor, labels, coefficient, Gradient::kOverLogits, false));
 }
 
 }  // namespace
@@ -180,9 +219,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
       "Tensor coefficient, int divergence, float hard, float soft, float temperature, float teacher_temperature, "
       "float jsd_beta, float label_smoothing, float z_loss, bool with_gradient, bool with_parts) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "kd_loss_dense_over_logits(Tensor(a!) student, Tensor? teacher, Tensor? labels, Tensor coefficient, "
+      "int divergence, float hard, float soft, float temperature, float teacher_temperature, float jsd_beta, "
+      "float label_smoothing, float z_loss) -> Tensor");
+  m.def(
+      "kd_loss_sparse_over_logits(Tensor(a!) student, Tensor ids, Tensor probabilities, Tensor floor, Tensor? labels, "
+      "Tensor coefficient, int divergence, float hard, float soft, float temperature, float teacher_temperature, "
+      "float jsd_beta, float label_smoothing, float z_loss) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(condgen_fast, CPU, m) {
   m.impl("kd_loss_dense", TORCH_BOX(&condgen_fast::kd_loss::kd_loss_dense_cpu));
+  m.impl("kd_loss_dense_over_logits", TORCH_BOX(&condgen_fast::kd_loss::kd_loss_dense_over_logits_cpu));
   m.impl("kd_loss_sparse", TORCH_BOX(&condgen_fast::kd_loss::kd_loss_sparse_cpu));
+  m.impl("kd_loss_sparse_over_logits", TORCH_BOX(&condgen_fast::kd_loss::kd_loss_sparse_over_logits_cpu));
 }

@@ -82,10 +82,18 @@ const Real* read_block(const T* from, int64_t count, int64_t padded, Real* buffe
 
 template <class Real>
 double sum_of(const Real* x, int64_t count, Real shift) {
-  Wide<Real> sum(Real(0));
+  constexpr int64_t step = kStep<Real>;
+  const Wide<Real> from(shift);
+  Wide<Real> a(Real(0)), b = a, c = a, d = a;  // no addition waits for the one before
   int64_t i = 0;
-  for (; i + kStep<Real> <= count; i += kStep<Real>) sum = sum + (load(x + i) - Wide<Real>(shift));
-  double total = reduce_sum(sum);
+  for (; i + 4 * step <= count; i += 4 * step) {
+    a = a + (load(x + i) - from);
+    b = b + (load(x + i + step) - from);
+    c = c + (load(x + i + 2 * step) - from);
+    d = d + (load(x + i + 3 * step) - from);
+  }
+  for (; i + step <= count; i += step) a = a + (load(x + i) - from);
+  double total = reduce_sum((a + b) + (c + d));
   for (; i < count; ++i) total += x[i] - shift;
   return total;
 }

@@ -111,7 +111,7 @@ def listed_distribution(
     """The tempered teacher as ids [N, k], their probabilities [N, k] and the probability [N] of every other token."""
     if isinstance(teacher, LabelPrior):
         safe = labels.clamp(0, vocab_size - 1)
-        ids = teacher.ids[safe]
+        ids = teacher.ids.index_select(0, safe)  # whole rows: faster than indexing
         listed = (teacher.weights if teacher.weights.dim() == 1 else teacher.weights[safe]).double().log()
         floor = torch.full_like(listed[..., :1], teacher.floor).log()
         others = vocab_size - ids.shape[-1]
