@@ -14,6 +14,8 @@ from torch import Tensor
 BITS = 25
 DECODED_AT_ONCE = 256
 """records whose temporaries stay in the cache"""
+FEWEST_LOG_PROB_BITS = 11
+"""more than 25 bits a token where whole bytes of a few ids leave less"""
 LOWEST = 24.0
 """-log of the smallest probability that is not stored as 0, 4e-11"""
 
@@ -29,7 +31,8 @@ class TopKRecords:
         self.k, self.vocab_size = k, vocab_size
         self.low_bits = max(0, (vocab_size // k).bit_length() - 1)
         self._map_bytes = -(-(k + ((vocab_size - 1) >> self.low_bits)) // 8)
-        self.log_prob_bits = min(16, (BITS * k - 8 * self._map_bytes - _packed_bytes(k, self.low_bits) * 8) // k)
+        remaining = BITS * k - 8 * self._map_bytes - 8 * _packed_bytes(k, self.low_bits)
+        self.log_prob_bits = max(FEWEST_LOG_PROB_BITS, min(16, remaining // k))
         self._low_end = self._map_bytes + _packed_bytes(k, self.low_bits)
         self.size = self._low_end + _packed_bytes(k, self.log_prob_bits)
         self._codes = 2**self.log_prob_bits - 1  # the last one is -inf
