@@ -149,7 +149,7 @@ def test_two_processes_train_and_agree(train_arguments, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
     result = subprocess.run(
         [*command, "-m", "condgen_fast.cli", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     model, _ = load_model(tmp_path / "two")
