@@ -103,3 +103,28 @@ def test_mixtures_choose_their_roll_ins(batch, monkeypatch):
     ).all()
     with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]; got -3"):
         levenshtein_loss(model, batch, policy=Policy(beta=-3))
+
+
+def test_noise_makes_the_initial_sequence(batch, monkeypatch):
+    """With initial_noise y0 is gold with words replaced: what deletion sees at alpha = 1; at beta = 1 insertion sees
+    what the oracle leaves of it, which is nothing where no new word stands in gold."""
+    model = LevenshteinTransformer(LevenshteinConfig(**SMALL)).eval()
+    seen = {}
+    for name in ("insert_logits", "delete_logits"):
+        call = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda t, m, n=name, c=call: seen.update({n: t}) or c(t, m))
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: torch.full(size, low))
+    inner = batch.target > MASK
+    levenshtein_loss(model, batch, policy=Policy(alpha=1.0, beta=1.0, initial_noise=1.0))
+    assert torch.equal(seen["delete_logits"], batch.target.masked_fill(inner, MASK + 1))
+    assert (seen["insert_logits"] > MASK).sum() == 0
+    levenshtein_loss(model, batch, policy=Policy(alpha=1.0, beta=1.0, initial_noise=1e-9))
+    assert torch.equal(seen["delete_logits"], batch.target) and torch.equal(seen["insert_logits"], batch.target)
+
+
+def test_counts_beyond_the_largest_are_taken_as_the_largest(batch):
+    model = LevenshteinTransformer(LevenshteinConfig(**SMALL, max_insert=3)).eval()
+    insertion = levenshtein_loss(model, batch, policy=Policy(full_mask=1.0))["insertion"]
+    memory = model.encode(batch.source, batch.source_lengths)
+    logits = model.insert_logits(torch.tensor([[BOS, EOS]]).repeat(2, 1), memory)[:, 0]
+    torch.testing.assert_close(insertion, F.cross_entropy(logits, torch.tensor([3, 2]), label_smoothing=0.01))
