@@ -44,7 +44,9 @@ struct Gradient {
       S* to = const_cast<S*>(entries) + begin;
       const int64_t count = std::min(kBlock, row.width - begin);
       S* block = stream ? scratch.gradient_block.template as<S>() : to;
-      write_gradient(with_w, hard, scratch.at(begin), count, factors[begin / kBlock], block);
+      const GradientFactors<Real>& f = factors[begin / kBlock];
+      // w of tokens that a later block makes impossible may be infinite: its factor is 0 then
+      write_gradient(with_w && f.w != 0, hard, scratch.at(begin), count, f, block);
       write_exceptions(scratch.at(begin), begin, count, block);
       if (stream) simd::stream(to, block, count * sizeof(S));
     });

@@ -142,7 +142,7 @@ class Row {
       }
       return f;
     };
-    set_gradient(true, factors, label_ >= 0 ? soft_entry(label_, ratio) : 0, 0);
+    set_gradient(true, factors, label_ >= 0 && options_.soft > 0 ? soft_entry(label_, ratio) : 0, 0);
     return total(result);
   }
 
@@ -188,7 +188,6 @@ class Row {
     if (is_forward(options_.divergence)) {
       run(Divergence::kJsd, wants_x() || q.floor > 0);
       if (q.floor == 0 || sweep_.x > -kInfinity) return loss_of_listed(q);
-      sweep_.x = 0;
     }
     std::vector<Real>& row = sweep_.scratch.listed_row;
     row.assign(width_, std::log(q.floor));
@@ -251,7 +250,8 @@ class Row {
     const double hard_factor = hard_scale();
     gradient.constant = -even();
     for (const Block& block : sweep_.scratch.blocks) {
-      GradientFactors<Real> f = factors(block);
+      GradientFactors<Real> f{};
+      if (options_.soft > 0) f = factors(block);  // else an infinite divergence of the parts would make it NaN
       f.constant = -even() + soft_constant;
       const Real h = hard_factor * block.h_factor;
       if (gradient.hard == Hard::kSame) f.e += h;

@@ -172,6 +172,7 @@ struct Sweep {
   void add_up(Divergence divergence) {
     const double log2_e = Real(kLog2E);
     double e = 0, h = 0, q = 0;
+    dot = x = p_z = q_y = 0;  // a row may be swept again
     for (size_t i = 0; i < scratch.blocks.size(); ++i) {
       Block& block = scratch.blocks[i];
       const BlockSums& sums = block.sums;

@@ -56,6 +56,17 @@ def test_infinite_divergences(impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_an_infinity_that_later_logits_outweigh(divergence, impl, device):
+    """A token that only one side can have, which a logit far on in the row makes impossible on the other as well."""
+    student, teacher = torch.zeros(2, 5000, device=device)
+    one_sided, other = (teacher, student) if divergence == "reverse_kl" else (student, teacher)
+    one_sided[0] = -math.inf
+    other[4500] = 1000
+    check(student[None], teacher[None], None, impl, divergence=divergence, alpha=1.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rows_without_a_distribution(divergence, impl, device):
     """Rows of -inf alone: never NaN, no gradient from a student's, as the reference says; NaN stays NaN."""
     empty, row = torch.full((1, 20), -math.inf, device=device), torch.randn(1, 20, device=device)

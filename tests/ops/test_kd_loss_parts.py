@@ -132,3 +132,29 @@ def test_compile(device):
     torch.testing.assert_close(
         torch.autograd.grad(compiled(student).loss, student), torch.autograd.grad(step(student).loss, student)
     )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["dense", "drop"])
+def test_an_infinite_divergence_that_does_not_count_leaves_the_gradient(kind, impl, device):
+    student, labels = torch.randn(2, 9, device=device, requires_grad=True), torch.tensor([1, 2], device=device)
+    teacher = make_teacher(kind, 2, 9, device)
+    if kind == "dense":
+        teacher[:, 4] = -math.inf
+    parts = kd_loss_parts(student, teacher, labels, alpha=0.0, divergence="reverse_kl", impl=impl)
+    assert parts.kd.item() == math.inf
+    (gradient,) = torch.autograd.grad(parts.loss, student)
+    (wanted,) = torch.autograd.grad(kd_loss(student, None, labels, alpha=0.0, impl="reference"), student)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["uniform", "prior"])
+def test_a_masked_student_under_a_teacher_of_all_tokens(kind, impl, device):
+    student = torch.randn(2, 30, device=device)
+    student[:, 20:] = -math.inf
+    teacher, labels = make_teacher(kind, 2, 30, device), torch.tensor([1, 2], device=device)
+    got = kd_loss_parts(student, teacher, labels, impl=impl)
+    wanted = kd_loss_parts(student.double(), in_float64(teacher), labels, impl="reference")
+    for name, mine, truth in zip(got._fields, got, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -179,11 +179,11 @@ def kd_loss_kernel(
                     t_dot = (t_dot + t_sum * y_moved) * t_scale + entropy_sum(t, t_shift, t_factor)
                     t_chosen = tl.where(t_highest > t_before, first_of(t, t_highest, column), t_chosen)
             if DIVERGENCE == CROSS_ENTROPY:
-                dot = (dot + t_sum * z_moved) * t_scale + more_dot
+                dot = tl.where(t_scale == 0, 0.0, (dot + t_sum * z_moved) * t_scale) + more_dot  # dot may be infinite
             elif DIVERGENCE == FORWARD_KL:
-                dot = (dot + t_sum * (y_moved - z_moved)) * t_scale + more_dot
+                dot = tl.where(t_scale == 0, 0.0, (dot + t_sum * (y_moved - z_moved)) * t_scale) + more_dot
             elif DIVERGENCE == REVERSE_KL:
-                dot = (dot + s_sum * (z_moved - y_moved)) * s_scale + more_dot
+                dot = tl.where(s_scale == 0, 0.0, (dot + s_sum * (z_moved - y_moved)) * s_scale) + more_dot
             t_sum = t_sum * t_scale + more_t
             s_sum = s_sum * s_scale + more_s
             hard_scale = tl.where(s_before == NONE, 0.0, tl.exp2(s_moved * LOG2_E))
