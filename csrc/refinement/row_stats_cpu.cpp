@@ -210,8 +210,10 @@ class Row {
       lanes_ = before;
       infinite ? sweep_defined(first, count) : sweep(first, count);
     }
-    highest_ = highest;
-    highest_chunk_ = first;
+    if (highest > highest_) {  // else +inf here, which counts as what an earlier chunk has
+      highest_ = highest;
+      highest_chunk_ = first;
+    }
     return true;
   }
 

@@ -105,6 +105,17 @@ def test_infinities_and_nan(impl, temperature, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_infinities_far_apart_are_ties(impl, device):
+    logits = torch.zeros(3, 7000, device=device)
+    logits[0, [2049, 4097]] = INF
+    logits[1, [5, 6999]] = torch.tensor([torch.finfo(torch.float32).max, INF], device=device)
+    logits[2, [2, 3000, 6500]] = INF
+    got = row_stats(logits, temperature=0.5, generator=generator(device), impl=impl)
+    assert got.best.tolist() == [2049, 5, 2] and got.margin.tolist() == [0.0] * 3
+    assert row_stats(logits, impl=impl).token.tolist() == [2049, 5, 2]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_leading_dimensions_strides_and_rows(impl, device):
     torch.manual_seed(2)
     wide = torch.randn(3, 4, 80, device=device)
