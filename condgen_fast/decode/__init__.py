@@ -108,12 +108,16 @@ def decode(
         return Hypotheses.empty(n, source.device)
     # not inference_mode: tables that a model builds on first use, and the ids returned, must stay usable in training
     with torch.no_grad(), _eval_mode(model):
-        result = strategy.run(model, source, source_lengths)
-    if getattr(strategy, "trace", False) and result.trace is None:  # from left to right, the result says it all
-        best = result.tokens[:, 0], result.token_log_probs[:, 0]
-        traces = written(*best, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)
-        result = replace(result, trace=traces)
-    return result
+        return _traced(strategy.run(model, source, source_lengths), model, strategy)
+
+
+def _traced(result: Hypotheses, model: Any, strategy: Any) -> Hypotheses:
+    """`result` with the trace that was asked for: from left to right, the result itself says it all."""
+    if not getattr(strategy, "trace", False) or result.trace is not None:
+        return result
+    best = result.tokens[:, 0], result.token_log_probs[:, 0]
+    traces = written(*best, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)
+    return replace(result, trace=traces)
 
 
 def _resolve(strategy: Any, options: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ class Rescored:
     The `n_best` hypotheses of `strategy` are read by `teacher` in one batch, and `Hypotheses.scores` and
     `token_log_probs` are the teacher's: the sum of log-probabilities, eos included, over length ** length_penalty,
     length counting eos. Ties keep the order of `strategy`; hypotheses that it counts as none (score -inf) stay last.
-    A trace remains that of the hypothesis `strategy` found best.
+    A trace, asked for by the option of `strategy`, remains that of the hypothesis which that found best.
 
         decode(cmlm, source, Rescored(MaskPredict(n_best=5), teacher))
 
@@ -52,14 +52,14 @@ class Rescored:
 
     def run(self, model: Any, source: Tensor, source_lengths: Tensor) -> Hypotheses:
         """Decode source int64 [B, S] with source_lengths [B]."""
-        from condgen_fast.decode import _eval_mode
+        from condgen_fast.decode import _eval_mode, _traced
 
         for name in ("vocab_size", "pad_id", "bos_id", "eos_id"):
             if getattr(model, name) != getattr(self.teacher, name):
                 raise ValueError(
                     f"teacher must have the model's {name}, {getattr(model, name)}; got {getattr(self.teacher, name)}"
                 )
-        found = self.strategy.run(model, source, source_lengths)
+        found = _traced(self.strategy.run(model, source, source_lengths), model, self.strategy)
         with _eval_mode(self.teacher):
             # -1: every candidate ends with eos, which score() knows by its log-probability
             ended = replace(found, token_log_probs=torch.full_like(found.token_log_probs, -1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_what_is_no_candidate_stays_last_and_a_teacher_in_training_mode_comes_ba
     assert result.scores[0, 1:].tolist() == [-math.inf, -math.inf] and (result.token_log_probs[0, 1:] == 0).all()
     assert decode(model, [], Rescored(MaskPredict(n_best=2), teacher, n_best=2)).tokens.shape == (0, 2, 0)
     assert not {PAD, BOS, EOS, MASK} & set(result.to_lists()[0][0])
+
+
+@pytest.mark.parametrize("inner", [BeamSearch(beam_size=3, n_best=3, max_length=9), MaskPredict(n_best=3)])
+def test_a_trace_is_that_of_the_strategy(inner):
+    model = transformer() if isinstance(inner, BeamSearch) else RandomModel(VOCAB)
+    teacher, source, traced = transformer(1), [[5, 6, 7], [8, 9]], replace(inner, trace=True)
+    assert decode(model, source, Rescored(inner, teacher)).trace is None
+    result = decode(model, source, Rescored(traced, teacher))
+    assert result.trace == decode(model, source, traced).trace and len(result.trace) == 2
 
 
 def test_refusals():
