@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from condgen_fast._check import check_choice, check_number
+from condgen_fast._check import check_choice, check_number, check_token_ids
 from condgen_fast.decode.canvas import PROJECTED_ROWS, mean_log_prob
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.left_to_right import check_due, never_generated, worth_leaving
@@ -158,6 +158,7 @@ class BlockDiffusion:
             raise TypeError(f"BlockDiffusion needs a model without encoder; {type(model).__name__} has encode")
         if model.pad_id in (model.bos_id, model.eos_id, model.mask_id):
             raise ValueError(f"pad_id must differ from bos_id, eos_id and mask_id; got {model.pad_id}")
+        check_token_ids(source, "source", shape="B S", vocab_size=model.vocab_size)
         positions = torch.arange(longest, device=device)
         if device.type == "cpu" and bool(((source == model.pad_id) & (positions < source_lengths[:, None])).any()):
             raise ValueError("source must have padding only on the right; got some between tokens")

@@ -453,6 +453,8 @@ def test_bad_models_and_sources_are_refused(block_causal):
         decode(block_causal, [[5]], "block_diffusion", block_length=6)
     with pytest.raises(ValueError, match="source must have padding only on the right"):
         decode(RandomLM(), torch.tensor([[5, PAD, 6]]), "block_diffusion")
+    with pytest.raises(ValueError, match=r"source must be in \[0, 17\); got 17"):
+        decode(RandomLM(), [[5], [VOCABULARY]], "block_diffusion")
     model = RandomLM()
     model.pad_id = EOS
     with pytest.raises(ValueError, match="pad_id must differ from bos_id, eos_id and mask_id; got 3"):
