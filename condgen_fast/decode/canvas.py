@@ -102,6 +102,15 @@ def predict(model: FillModel | EditModel, tokens: Tensor, memory: object, positi
     return torch.cat(written), torch.cat(log_probs)
 
 
+def penalise_nothing(logits: Tensor, penalty: float) -> Tensor:
+    """logits [..., n] of inserting 0, 1, … masks, `penalty` taken from that of 0."""
+    if penalty == 0:
+        return logits
+    logits = logits.clone()
+    logits[..., 0] -= penalty
+    return logits
+
+
 def true_positions(flags: Tensor, count: int) -> Tensor:
     """Flat indices [count] of the true elements of `flags`, whose number the caller knows: no synchronisation."""
     return torch.nonzero_static(flags.flatten(), size=count).squeeze(1)

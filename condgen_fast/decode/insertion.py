@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
-from condgen_fast.decode.canvas import between, hypotheses, initial_canvas, mean_log_prob, predict, true_positions
+from condgen_fast.decode.canvas import (
+    between,
+    hypotheses,
+    initial_canvas,
+    mean_log_prob,
+    penalise_nothing,
+    predict,
+    true_positions,
+)
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel, InsertionModel
 from condgen_fast.decode.trace import Recorder
@@ -157,9 +165,7 @@ class InsertionDecoding:
         self, model: EditModel, tokens: Tensor, lengths: Tensor, memory: object
     ) -> tuple[Tensor, Tensor, Tensor]:
         """How many masks each slot takes [R, L-1]; what else `_slots` returns is not known yet."""
-        logits = model.insert_logits(tokens, memory)
-        if self.eos_penalty:
-            logits = logits - self.eos_penalty * (torch.arange(logits.shape[-1], device=logits.device) == 0)
+        logits = penalise_nothing(model.insert_logits(tokens, memory), self.eos_penalty)
         slot = torch.arange(tokens.shape[1] - 1, device=tokens.device) < lengths[:, None] - 1
         insert = row_stats(logits).token * slot
         if self.mode == "sequential":

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from condgen_fast._check import check_number
-from condgen_fast.decode.canvas import between, hypotheses, initial_canvas, mean_log_prob, predict, true_positions
+from condgen_fast.decode.canvas import (
+    between,
+    hypotheses,
+    initial_canvas,
+    mean_log_prob,
+    penalise_nothing,
+    predict,
+    true_positions,
+)
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel
 from condgen_fast.decode.trace import Recorder
@@ -187,9 +195,7 @@ class LevenshteinRefinement:
         kept = now.lengths
 
         logits = model.insert_logits(now.tokens, now.memory) if states is None else model.insert_head(states)
-        if self.eos_penalty:
-            logits = logits - self.eos_penalty * (torch.arange(logits.shape[-1], device=logits.device) == 0)
-        insert = row_stats(logits).token * ~now.settled[:, None]
+        insert = row_stats(penalise_nothing(logits, self.eos_penalty)).token * ~now.settled[:, None]
         room = (now.bounds - kept).clamp(min=0)[:, None]
         insert = torch.minimum(insert, (room - insert.cumsum(1) + insert).clamp(min=0))
         edited = apply_edits(now.tokens, insert=insert, scores=now.log_probs, max_length=width, **ids)

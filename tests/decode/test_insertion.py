@@ -198,6 +198,7 @@ def test_an_edit_model_inserts_what_it_says_at_most_per_slot():
     two = edit_model(lambda sentence, canvas: [3] * (len(canvas) - 1) if len(canvas) < 7 else [0] * (len(canvas) - 1))
     result = decode(two, [[5]], InsertionDecoding(per_slot=1, max_length=20, trace=True))
     assert [sum(s.touched) for s in result.trace[0].steps if s.operation == "insert"] == [1, 2, 4]
+    assert decode(edit_model(lambda s, c: [0] * (len(c) - 1)), [[5]], "insert", eos_penalty=math.inf).lengths == 9
 
 
 def test_sequential_takes_the_slot_of_an_edit_model_that_is_least_likely_to_stay_empty():

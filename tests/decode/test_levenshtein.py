@@ -208,7 +208,9 @@ def test_eos_penalty_is_taken_from_inserting_nothing():
     model = constant(0)  # logits -0, -1, -2 …: a penalty above 1 makes one placeholder the most probable
     assert decode(model, [[1]], LevenshteinRefinement(eos_penalty=0.9)).lengths.item() == 0
     assert decode(model, [[1]], LevenshteinRefinement(eos_penalty=1.0)).lengths.item() == 0, "ties: fewer"
-    assert decode(model, [[1]], LevenshteinRefinement(eos_penalty=1.1, max_iterations=1)).lengths.item() == 1
+    for penalty in (1.1, math.inf):
+        strategy = LevenshteinRefinement(eos_penalty=penalty, max_iterations=1)
+        assert decode(model, [[1]], strategy).lengths.item() == 1
 
 
 @pytest.mark.parametrize("favourite", [*sorted(SPECIALS), None])
