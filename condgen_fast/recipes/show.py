@@ -54,6 +54,8 @@ class Show:
 
 
 def main(options: Show) -> None:
+    if not options.models:
+        raise ValueError("models must name at least one; got none")
     check_number(options.sentences, "sentences", minimum=1, integer=True)
     check_writable(options.output)
     device = choose_device(options.device)

@@ -85,6 +85,7 @@ def test_strategies_go_to_the_models_they_suit():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--models"], "models must name at least one; got none"),
         (["--strategies", "beam"], "strategies: beam must be one of mask_predict, refine, which the models given can"),
         (["--strategies", "refine:5"], "must have options of the form name=value; got '5'"),
         (["--strategies", "refine:rounds=5"], "rounds is not an option of strategy 'refine'"),
