@@ -17,6 +17,7 @@ NOISES = {
     "mask": partial(random_mask, mask_id=MASK, **IDS),
     "shuffle": partial(random_shuffle, **IDS),
     "shuffle anywhere": partial(random_shuffle, distance=None, **IDS),
+    "shuffle far": partial(random_shuffle, distance=1000, **IDS),
 }
 
 
