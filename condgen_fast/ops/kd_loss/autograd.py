@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,27 +68,70 @@ def _kd_loss_triton(student, *arguments):
     return losses, gradient, parts
 
 
-class OverwritingLoss(torch.autograd.Function):
-    """``kd_loss_triton`` with the gradient in the memory of the logits; differentiable once."""
+def kd_loss_dense_over_logits(student: Tensor, *arguments) -> Tensor:
+    """Losses of ``kd_loss_dense``, without its last two options; the gradient replaces the student's logits."""
+    return torch.ops.condgen_fast.kd_loss_dense_over_logits(student, *arguments)
+
+
+def kd_loss_sparse_over_logits(student: Tensor, *arguments) -> Tensor:
+    """The same of ``kd_loss_sparse``."""
+    return torch.ops.condgen_fast.kd_loss_sparse_over_logits(student, *arguments)
+
+
+def kd_loss_triton_over_logits(student: Tensor, *arguments) -> Tensor:
+    """The same of ``kd_loss_triton``."""
+    from condgen_fast.ops.kd_loss import triton_kernel
+
+    return triton_kernel.kd_loss_rows(student, *arguments, student)
+
+
+def overwriting_loss(logits: Tensor, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Losses that ``compute`` returns of ``rows``, a view of ``logits``, over which it writes the gradient."""
+    losses = _OverwritingLoss.apply(rows, compute)
+    _Overwritten.apply(logits)
+    return losses
+
+
+class _OverwritingLoss(torch.autograd.Function):
+    """The gradient is in the memory of the logits; differentiable once."""
 
     @staticmethod
-    def forward(ctx, student, *arguments):
-        from condgen_fast.ops.kd_loss import triton_kernel
-
-        losses = triton_kernel.kd_loss_rows(student, *arguments, student)
-        torch.autograd.graph.increment_version(student)  # an op that saved the logits raises in its backward pass
-        ctx.gradient = student.detach()
+    def forward(ctx, rows, compute):
+        losses = compute(rows)
+        ctx.gradient = rows.detach()
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses):
-        from condgen_fast.ops.kd_loss import triton_kernel
-
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("kd_loss with overwrite_logits has one backward pass: its logits are gone")
-        return triton_kernel.scale_rows_(gradient, grad_losses), *[None] * 15
+        return _scale_rows_(gradient, grad_losses), None
+
+
+class _Overwritten(torch.autograd.Function):
+    """Marks logits as written to: what has saved them raises in its backward pass, and so does what uses them later."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("these logits are gone: kd_loss with overwrite_logits has written its gradient over them")
+
+
+def _scale_rows_(gradient: Tensor, scales: Tensor) -> Tensor:
+    """Multiply rows of [A, B, V] by scales [N] in place, if any is not 1."""
+    if gradient.device.type == "cuda":
+        from condgen_fast.ops.kd_loss import triton_kernel
+
+        return triton_kernel.scale_rows_(gradient, scales)
+    if gradient.device.type != "cpu" or not bool((scales == 1).all()):
+        gradient.mul_(scales.reshape(*gradient.shape[:2], 1))
+    return gradient
 
 
 def _fake(student, *arguments):
@@ -122,12 +167,8 @@ def _backward(op):
             gradient = op(*tensors, coefficient * grad_losses, *ctx.options, True, False)[1]
         elif type(grad_losses) is not Tensor:  # traced: no looking at values, no writing into them
             gradient = (gradient * grad_losses.view(*gradient.shape[:2], 1)).to(gradient.dtype)
-        elif gradient.device.type == "cuda":
-            from condgen_fast.ops.kd_loss import triton_kernel
-
-            triton_kernel.scale_rows_(gradient, grad_losses)
-        elif gradient.device.type != "cpu" or not bool((grad_losses == 1).all()):
-            gradient.mul_(grad_losses.reshape(*gradient.shape[:2], 1))
+        else:
+            _scale_rows_(gradient, grad_losses)
         return (gradient, *others)
 
     return backward

@@ -10,7 +10,15 @@ from torch import Tensor
 from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number, check_tensor
 from condgen_fast.ops.kd_loss import reference
-from condgen_fast.ops.kd_loss.autograd import OverwritingLoss, kd_loss_dense, kd_loss_sparse, kd_loss_triton
+from condgen_fast.ops.kd_loss.autograd import (
+    kd_loss_dense,
+    kd_loss_dense_over_logits,
+    kd_loss_sparse,
+    kd_loss_sparse_over_logits,
+    kd_loss_triton,
+    kd_loss_triton_over_logits,
+    overwriting_loss,
+)
 from condgen_fast.ops.kd_loss.teachers import (
     FLOAT_DTYPES,
     ID_DTYPES,
@@ -88,7 +96,8 @@ def kd_loss(
         weights: [...] factor of every row; rows of weight 0 are not read. They do not change what "mean" divides by.
         reduction: "mean" over the rows that are not ignored (0 with zero gradient if there is none), "sum" or "none".
         overwrite_logits: write the gradient into the memory of ``student_logits``, whose values are lost: no [..., V]
-            beyond the inputs. Triton only, float32 or bfloat16, not of a leaf; the backward pass runs once.
+            beyond the inputs. Not float16, nor of a leaf; the backward pass runs once, and what has saved the logits or
+            is computed from them later raises in its own.
         impl: "auto" (compiled on the CPU, Triton on CUDA), "reference" or "triton" (on the CPU under
             TRITON_INTERPRET=1). On CUDA, float64 takes the reference.
 
@@ -116,7 +125,7 @@ def kd_loss(
         teacher = None
     impl = choose_impl(impl, student_logits)
     if overwrite_logits:
-        check_overwriting(student_logits, impl)
+        check_overwriting(student_logits, teacher, impl)
     if impl != "compiled":  # which looks for itself
         check_top_k(teacher, student_logits.shape[-1])
     if impl == "reference":
@@ -148,23 +157,24 @@ def row_losses(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Losses [N] times their coefficient [N], by the kernel for this kind of teacher, and parts [N, 8] if wanted."""
     with_gradient = torch.is_grad_enabled() and student.requires_grad
-    student = as_rows(student)
+    rows = as_rows(student)
     if isinstance(teacher, Tensor):
         if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
             teacher = teacher.to(coefficient.dtype)
         teacher = as_rows(teacher.detach())
     if impl == "triton":
+        op, over_logits = kd_loss_triton, kd_loss_triton_over_logits
         arguments = (*triton_teacher(teacher), labels, coefficient, *triton_kind(teacher), *options)
-        if overwrite_logits and with_gradient:
-            return OverwritingLoss.apply(student, *arguments)
-        losses, _, parts = kd_loss_triton(student, *arguments, with_gradient, with_parts)
     elif isinstance(teacher, (TopK, LabelPrior)):
+        op, over_logits = kd_loss_sparse, kd_loss_sparse_over_logits
         listed = listed_distribution(teacher, labels, student.shape[-1], options.teacher_temperature, coefficient.dtype)
         arguments = (*listed, labels, coefficient, *options)
-        losses, _, parts = kd_loss_sparse(student, *arguments, with_gradient, with_parts)
     else:
+        op, over_logits = kd_loss_dense, kd_loss_dense_over_logits
         arguments = (teacher, labels, coefficient, *options)
-        losses, _, parts = kd_loss_dense(student, *arguments, with_gradient, with_parts)
+    if overwrite_logits and with_gradient:
+        return overwriting_loss(student, rows, lambda logits: over_logits(logits, *arguments))
+    losses, _, parts = op(rows, *arguments, with_gradient, with_parts)
     return (losses, parts) if with_parts else losses
 
 
@@ -229,16 +239,30 @@ def choose_impl(impl: str, student: Tensor) -> str:
     return "compiled"
 
 
-def check_overwriting(student: Tensor, impl: str) -> None:
-    """Refuse ``overwrite_logits`` where the gradient cannot take the place of the logits."""
-    if impl != "triton":
-        raise ValueError(f"overwrite_logits must be False without the Triton kernel; got True with impl {impl}")
+def check_overwriting(student: Tensor, teacher, impl: str) -> None:
+    """Refuse ``overwrite_logits`` where the gradient cannot take the place of the logits, or takes that of others."""
+    if impl == "reference":
+        raise ValueError("overwrite_logits must be False for the reference; got True")
     if student.dtype == torch.float16:  # whose gradient waits for the scale of the backward pass
         raise ValueError("overwrite_logits must be False for float16 logits; got True")
-    if student.is_leaf and student.requires_grad:
+    owner = student._base if student._is_view() else student
+    if owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_logits must be False for a leaf, whose values would be lost; got True")
-    if as_rows(student).data_ptr() != student.data_ptr():
+    rows = as_rows(student)
+    if rows.data_ptr() != student.data_ptr() or rows_overlap(rows):
         raise ValueError(f"overwrite_logits must be False for logits of strides {list(student.stride())}; got True")
+    if isinstance(teacher, Tensor) and teacher.untyped_storage().data_ptr() == student.untyped_storage().data_ptr():
+        raise ValueError("overwrite_logits must be False for a teacher in the same memory; got True")
+
+
+def rows_overlap(rows: Tensor) -> bool:
+    """Whether rows [A, B, V] may share memory, as expanded ones do."""
+    reach = rows.shape[-1]
+    for stride, size in sorted(zip(rows.stride()[:2], rows.shape[:2], strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
