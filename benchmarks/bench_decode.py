@@ -187,6 +187,49 @@ def test_transformer_base(compare, device, engine, beam_size, B, tmp_path):
         compare("decode", name, ours, peers=peers, pause=0.1)
 
 
+# In a process of its own, whose resident memory is the decoder's: at its peak, over that before the model is made.
+MEMORY = """
+import re, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+import bench_decode
+from condgen_fast.decode import BeamSearch, decode
+from condgen_fast.models.layers import TransformerConfig
+from condgen_fast.models.transformer import Transformer
+
+def status(name):
+    return 1024 * int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+B, K = int(sys.argv[2]), int(sys.argv[3])
+beam = BeamSearch(beam_size=K, min_length=bench_decode.LENGTH, max_length=bench_decode.LENGTH)
+source = torch.randint(2, bench_decode.PAD, (B, bench_decode.LENGTH))
+small = TransformerConfig(64, width=64, feed_forward=64, encoder_layers=1, decoder_layers=1, heads=1)
+decode(Transformer(small).eval(), source[:2] % 50 + 5, beam)  # what is loaded at the first call
+before = status("VmRSS")
+model = bench_decode.reference("cpu")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+for _ in range(3):
+    decode(model, source, beam)
+print(status("VmHWM") - before, 4 * sum(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory(note):
+    """Peak memory of a decode beside weights, one cache of keys and values, and the logits of one step."""
+    B, K, layers, width = 32, 4, SIZES["base"]["decoder_layers"], SIZES["base"]["width"]
+    arguments = [sys.executable, "-c", MEMORY, str(Path(__file__).parent), str(B), str(K)]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    peak, weights = map(int, ran.stdout.split())
+    cache = 4 * 2 * layers * width * B * LENGTH * (K + 1)  # of the beams' tokens, and of the source once a sentence
+    needed = weights + cache + 4 * B * K * V
+    note(
+        f"decode memory  Transformer 6+6x512 beam {K} B{B} S{LENGTH} T{LENGTH} V{V} fp32: {peak / 2**20:.0f} MiB, "
+        f"{peak / needed:.2f}x weights + cache + logits ({needed / 2**20:.0f} MiB)"
+    )
+
+
 @cache
 def shipped(name: str, device: str) -> tuple[Any, list[list[int]]]:
     """A shipped model and 32 sentences of the embedded test set, evenly from the shortest to the longest."""

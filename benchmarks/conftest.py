@@ -63,6 +63,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Add a line to the summary, of what is not a time."""
+    return request.config.stash.setdefault(_LINES, []).append
+
+
+@pytest.fixture
 def compare(benchmark: Any, device: str, request: pytest.FixtureRequest) -> Compare:
     def synchronised(call: Call) -> Call:
         return call if device == "cpu" else lambda: (call(), torch.cuda.synchronize())

@@ -187,6 +187,7 @@ class BeamSearch:
             if rules.renormalise and adjust is not None:
                 logits, adjust = _without(logits, adjust), None
             found = self._candidates(logits, sums, ranks, adjust, allowed, len(ends), choice, rows, step)
+            del logits  # before the next are made
 
             finished, topped = self._finish(finished, topped, found, ends, at_limit, done, length, norm, k)
             kept, dead = _first((found.ranks > -torch.inf) & ~is_any(found.tokens, ends), k)

@@ -124,6 +124,7 @@ def generate(
             at_limit = (limits == step + 1)[:, None]
             tokens = torch.where(at_limit, model.eos_id, tokens)
             log_probs = torch.where(at_limit, log_prob_of(logits, model.eos_id), log_probs)
+        del logits  # before the next are made
         ends = tokens == model.eos_id
         out_tokens[rows, :, step] = torch.where(done | ends, model.pad_id, tokens)
         out_log_probs[rows, :, step] = torch.where(done, 0.0, log_probs)

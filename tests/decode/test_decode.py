@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy
 import pytest
 import torch
@@ -197,3 +199,34 @@ def test_mode_is_restored_part_by_part(strategy, fails):
     model.fail = False
     decode(model, [[3]], strategy)
     assert not any(module.training for module in model.modules())
+
+
+class Large(TableModel):
+    """Fails where the logits of the step before still have their memory when the next are asked for."""
+
+    before = None
+
+    def step(self, tokens, state):
+        assert self.before is None or self.before() is None
+        logits, state = super().step(tokens, state)
+        memory = logits.numpy().copy()  # lives as long as any tensor that looks at it
+        self.before = weakref.ref(memory)
+        return torch.from_numpy(memory), state
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("greedy", {}),
+        ("sample", {"n_samples": 3, "top_k": 4}),
+        ("beam", {}),
+        ("beam", {"groups": 5}),
+        ("beam", {"choose": "sample"}),
+        ("beam", {"choose": "stochastic"}),
+        ("beam", {"repetition_penalty": 1.5}),
+    ],
+)
+def test_a_steps_logits_are_gone_before_the_next_step(strategy, options):
+    model = Large(random_table(64, 997, 9, seed=42))
+    decode(model, [[3], [4, 5]], strategy, max_length=8, **options)
+    assert len(model.row_counts) > 2
