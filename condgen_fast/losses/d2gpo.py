@@ -31,6 +31,8 @@ def rank_table(
     vocab_size = check_tensor(embeddings, "embeddings", shape="V D", dtypes=(torch.float32, torch.float64))["V"]
     check_number(width, "width", minimum=1, maximum=vocab_size, integer=True)
     check_number(block_rows, "block_rows", minimum=1, integer=True)
+    if not bool(embeddings.isfinite().all()):
+        raise ValueError("embeddings must be finite; got NaN or infinity")
     directions = F.normalize(embeddings.detach(), dim=-1)
     table = torch.empty(vocab_size, width, dtype=torch.int64, device=embeddings.device)
     for first in range(0, vocab_size, block_rows):
@@ -112,6 +114,7 @@ def d2gpo_loss(
     of kd_loss: a convex combination times its sum.
     """
     check_number(alpha, "alpha", minimum=0, maximum=1)
+    check_number(temperature, "temperature", minimum=0, exclusive=True)
     soft = alpha * temperature**2
     total = 1 - alpha + soft
     value = kd_loss(
@@ -124,7 +127,7 @@ def read_embeddings(path: str | Path, pieces: Sequence[str]) -> Tensor:
     """Vectors [V, D] of a vocabulary's pieces from a text file of `word2vec` or fastText: a piece, then its numbers.
 
     A first line of two numbers is taken for the header. Pieces that the file lacks get the same tiny vector, as in the
-    published code. Raises ValueError for a line of another width, and where no piece is found.
+    published code. Raises ValueError for a line of another width or with NaN, and where no piece is found.
     """
     place = {piece: i for i, piece in enumerate(pieces)}
     found: dict[int, Tensor] = {}
@@ -141,6 +144,8 @@ def read_embeddings(path: str | Path, pieces: Sequence[str]) -> Tensor:
                 raise ValueError(f"{path}, line {number}: must be a piece and {width} numbers") from None
             if len(values) != width:
                 raise ValueError(f"{path}, line {number}: must have {width} numbers; got {len(values)}")
+            if not bool(vector.isfinite().all()):
+                raise ValueError(f"{path}, line {number}: must have finite numbers")
             if piece in place:
                 found[place[piece]] = vector
     if not found:

@@ -13,7 +13,7 @@ What is done is kept in OUTPUT.parts: a run that was stopped goes on where it wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -64,6 +64,8 @@ def main(options: Distill) -> None:
         return store_top_k(options, model, vocabulary, rank, world_size)
     if options.target is not None:
         raise ValueError("target must be left out without --store-top-k: the teacher translates the source")
+    if options.store_temperature != 1.0:
+        raise ValueError(f"store_temperature must be left out without --store-top-k; got {options.store_temperature}")
     strategy, choices = options.strategy_for(model)
     sources = read_lines(options.source)
     description = {"teacher": fingerprint(model), "strategy": strategy} | choices
@@ -99,6 +101,12 @@ def store_top_k(options: Distill, model: Transformer, vocabulary: Vocabulary, ra
         raise ValueError(f"model must be an autoregressive transformer to store its top k; got a {kind(model)}")
     if options.target is None:
         raise ValueError("target must be given with --store-top-k; got None")
+    for field in fields(DecodingOptions):
+        if getattr(options, field.name) != field.default:
+            raise ValueError(
+                f"{field.name} must be left out with --store-top-k, which decodes nothing;"
+                f" got {getattr(options, field.name)}"
+            )
     source, target = read_parallel(options.source, options.target)
     data = ParallelDataset.encode(source, target, vocabulary, max_length=model.max_positions - 1)
     lengths = np.zeros(len(target), dtype=np.int64)  # lines that the teacher cannot read keep 0

@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from condgen_fast.data.batching import ParallelBatch, ParallelDataset
 from condgen_fast.data.teacher_store import TeacherStore
 from condgen_fast.data.text import read_parallel
 from condgen_fast.data.vocabulary import Vocabulary
-from condgen_fast.losses.d2gpo import d2gpo_loss, d2gpo_prior, read_embeddings
+from condgen_fast.losses.d2gpo import SHAPES, d2gpo_loss, d2gpo_prior, read_embeddings
 from condgen_fast.models.checkpoint import kind, load_model
 from condgen_fast.models.layers import EncoderDecoder, TransformerConfig
 from condgen_fast.models.transformer import Transformer
@@ -78,6 +79,25 @@ class TrainTransformer(ModelOptions, TrainingOptions):
             raise ValueError(f"top_k must be left out without --teacher; got {self.top_k}")
         check_choice(self.tail, "tail", TAILS)
         check_choice(self.divergence, "divergence", DIVERGENCES)
+        check_number(self.alpha, "alpha", minimum=0, maximum=1)
+        check_number(self.temperature, "temperature", minimum=0, exclusive=True)
+        check_choice(self.d2gpo_shape, "d2gpo_shape", SHAPES)
+        check_number(self.d2gpo_alpha, "d2gpo_alpha", minimum=0, maximum=1)
+        for name in ("d2gpo_temperature", "d2gpo_sigma"):
+            check_number(getattr(self, name), name, minimum=0, exclusive=True)
+        check_number(self.d2gpo_width, "d2gpo_width", minimum=1, integer=True)
+        distilled = self.teacher is not None or self.teacher_store is not None
+        self._refuse_unused(("divergence", "alpha", "temperature"), distilled, "--teacher or --teacher-store")
+        listed = self.top_k is not None or self.teacher_store is not None
+        self._refuse_unused(("tail",), listed, "--top-k or --teacher-store")
+        of_prior = [field.name for field in fields(self) if field.name.startswith("d2gpo_")]
+        self._refuse_unused(of_prior, self.d2gpo_embeddings is not None, "--d2gpo-embeddings")
+
+    def _refuse_unused(self, names: Sequence[str], used: bool, by: str) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if not used and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} must be left out without {by}; got {getattr(self, name)}")
 
 
 def main(options: TrainTransformer) -> None:
@@ -90,6 +110,10 @@ def main(options: TrainTransformer) -> None:
         if kind(teacher) != "transformer":
             raise ValueError(
                 f"teacher must be an autoregressive transformer; got a {kind(teacher)} in {options.teacher}"
+            )
+        if options.max_length + 1 > teacher.max_positions:
+            raise ValueError(
+                f"max_length must be below the teacher's {teacher.max_positions} positions; got {options.max_length}"
             )
         if options.top_k is not None:
             check_number(options.top_k, "top_k", minimum=1, maximum=len(vocabulary), integer=True)

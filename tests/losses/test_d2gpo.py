@@ -139,6 +139,7 @@ def test_given_vectors(tmp_path):
     for text, message in (
         ("a 1 2\nb 1\n", "line 2: must have 2 numbers; got 1"),
         ("a 1 2\nb 1 x\n", "line 2: must be a piece and 2 numbers"),
+        ("a 1 2\nb 1 nan\n", "line 2: must have finite numbers"),
         ("zz 1 2\n", "has no vector of any piece"),
     ):
         path.write_text(text)
@@ -149,9 +150,13 @@ def test_given_vectors(tmp_path):
 def test_refusals():
     with pytest.raises(ValueError, match=r"width must be in \[1, 5\]; got 6"):
         rank_table(torch.randn(5, 2), 6)
+    with pytest.raises(ValueError, match="embeddings must be finite"):
+        rank_table(torch.tensor([[1.0], [torch.nan]]), 1)
     with pytest.raises(ValueError, match="shape must be 'gaussian', 'linear' or 'cosine'"):
         rank_weights(5, shape="square")
     with pytest.raises(ValueError, match="sigma must be > 0"):
         rank_weights(5, sigma=0)
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
         d2gpo_loss(torch.randn(1, 5), label_smoothing_prior(5, 0.1), torch.tensor([1]), alpha=2)
+    with pytest.raises(ValueError, match="temperature must be > 0; got 0"):
+        d2gpo_loss(torch.randn(1, 5), label_smoothing_prior(5, 0.1), torch.tensor([1]), temperature=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from condgen_fast.cli import main
 from condgen_fast.data.teacher_store import TeacherStore
 from condgen_fast.data.text import read_lines
 from condgen_fast.losses.d2gpo import d2gpo_prior
-from condgen_fast.models.checkpoint import load_model
+from condgen_fast.models.checkpoint import load_model, save_model
+from condgen_fast.models.transformer import Transformer
 from condgen_fast.ops import TopK, kd_loss
 from condgen_fast.recipes import distill, train_transformer, training
 
@@ -119,6 +121,22 @@ def test_a_store_is_the_teacher_to_its_rounding(first_loss, store_arguments, tmp
             torch.testing.assert_close(seen["loss"], online, rtol=2e-4, atol=1e-4)
 
 
+def test_a_store_of_text_with_lines_that_are_left_out(first_loss, store_arguments, corpus, tmp_path):
+    """Empty lines, lines that are too long and equal lines: every token meets its own distribution all the same."""
+    text = {}
+    for side in ("src", "trg"):
+        lines = read_lines(corpus / f"train.{side}")[:40]
+        lines[5:5] = ["", " ".join(lines), lines[7], lines[7]]
+        text[side] = tmp_path / f"text.{side}"
+        text[side].write_text("".join(line + "\n" for line in ["", *lines]), encoding="utf-8")
+    path, both = tmp_path / "store", {"source": text["src"], "target": text["trg"]}
+    assert main(store_arguments(path, **both)) == 0
+    seen = first_loss(teacher_store=path, max_length=40, max_tokens=100_000, alpha=1, **both)
+    log_probs, ids = seen["teacher"].log_softmax(-1).topk(8)
+    online = kd_loss(seen["student"], TopK(ids, log_probs, "uniform"), alpha=1.0)
+    torch.testing.assert_close(seen["loss"], online, rtol=2e-4, atol=1e-4)
+
+
 def test_d2gpo_from_trained_and_from_given_embeddings(first_loss, teacher, tmp_path):
     model, vocabulary = load_model(teacher)
     trained = model.decoder.embedding.tokens.weight.detach()
@@ -214,7 +232,8 @@ def test_refusals(train_arguments, store_arguments, teacher, corpus, tmp_path, c
             status = main(list(arguments))
         except SystemExit as stopped:  # refused while the command line is read
             status = stopped.code
-        assert status in (1, 2) and message in capsys.readouterr().err.replace("\n", " "), message
+        error = " ".join(capsys.readouterr().err.split())  # which is broken into lines
+        assert status in (1, 2) and message in error, (message, error)
 
     def train(**options):
         return train_arguments("transformer", output, **options)
@@ -224,11 +243,24 @@ def test_refusals(train_arguments, store_arguments, teacher, corpus, tmp_path, c
     refused("at most one of teacher, teacher_store", *train(teacher_store=store, teacher=teacher, **vocabulary))
     refused("top_k must be left out without --teacher", *train(top_k=3))
     refused("top_k must be in [1, 60]; got 61", *train(teacher=teacher, top_k=61, **vocabulary))
+    refused("alpha must be in [0, 1]; got 1.5", *train(teacher=teacher, alpha=1.5, **vocabulary))
+    refused("temperature must be > 0; got 0", *train(teacher=teacher, temperature=0, **vocabulary))
+    refused("d2gpo_sigma must be > 0; got -1", *train(d2gpo_embeddings=teacher, d2gpo_sigma=-1, **vocabulary))
+    refused("d2gpo_width must be >= 1; got 0", *train(d2gpo_embeddings=teacher, d2gpo_width=0, **vocabulary))
+    assert not output.exists()
+    for name, value in {"alpha": 0.9, "temperature": 2.0, "divergence": "jsd"}.items():
+        refused(f"{name} must be left out without --teacher or --teacher-store", *train(**{name: value}))
+    refused("tail must be left out without --top-k or --teacher-store", *train(teacher=teacher, tail="drop"))
+    refused("d2gpo_alpha must be left out without --d2gpo-embeddings", *train(d2gpo_alpha=0.5))
     refused("tail must be", *train(teacher=teacher, tail="mean", **vocabulary))
     refused("divergence must be", *train(teacher=teacher, divergence="kl", **vocabulary))
     refused("has another vocabulary", *train(d2gpo_embeddings=teacher, vocabulary_size=50))
     refused("is not a teacher store", *train(teacher_store=other, **vocabulary))
     refused("store exists; use another", *store_arguments(store))
+    refused("temperature must be left out with --store-top-k", *store_arguments(tmp_path / "t", temperature=2.0))
+    without = [x for x in store_arguments(tmp_path / "t", store_temperature=2.0) if x not in ("--store-top-k", "8")]
+    target = without.index("--target")
+    refused("store_temperature must be left out without --store-top-k", *without[:target], *without[target + 2 :])
     refused("k must be in [1, 60]; got 61", *store_arguments(tmp_path / "more", store_top_k=61))
     refused("was begun with", *(store_arguments(half_written(store_arguments, tmp_path), store_top_k=3)))
     data = bytearray(store.read_bytes())
@@ -267,3 +299,12 @@ def test_a_pair_the_teacher_cannot_read_is_named(
     vocabulary = {"vocabulary": teacher / "vocab.model"}
     assert main(train_arguments("transformer", tmp_path / "run", teacher_store=store, **vocabulary)) == 1
     assert "has 0 tokens of line 3" in capsys.readouterr().err
+
+
+def test_a_teacher_that_reads_less_than_the_training_text_is_refused(train_arguments, teacher, tmp_path, capsys):
+    short, vocabulary = tmp_path / "short", {"vocabulary": teacher / "vocab.model"}
+    model, pieces = load_model(teacher)
+    config = dataclasses.replace(model.config, max_positions=100)
+    save_model(short, Transformer(config), pieces)
+    assert main(train_arguments("transformer", tmp_path / "run", teacher=short, **vocabulary)) == 1
+    assert "max_length must be below the teacher's 100 positions; got 200" in capsys.readouterr().err
