@@ -65,6 +65,14 @@ def test_an_infinity_that_later_logits_outweigh(divergence, impl, device):
     check(student[None], teacher[None], None, impl, divergence=divergence, alpha=1.0)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_probabilities_whose_half_is_zero(impl, device):
+    student, teacher = torch.linspace(0, -110, 3000, device=device), torch.full((3000,), -200.0, device=device)
+    teacher[0] = 0
+    check(student[None], teacher[None], None, impl, divergence="jsd", alpha=1.0)
+    check(teacher[None], student[None], None, impl, divergence="jsd", alpha=1.0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rows_without_a_distribution(divergence, impl, device):

@@ -202,3 +202,14 @@ def test_refusals():
     refuse("reduction must be", student, teacher, labels, reduction="batch")
     refuse("teacher.ids must be in", student, TopK(labels[:, None] * 0 + V, torch.zeros(5, 1)), labels)
     refuse("student_logits must be a Tensor", None, teacher, labels, error=TypeError)
+
+
+def test_probabilities_whose_half_is_zero():
+    student, teacher = torch.linspace(0, -110, 3000)[None], torch.full((1, 3000), -200.0)
+    teacher[0, 0] = 0
+    options = {"divergence": "jsd", "alpha": 1.0}
+    got = loss_and_gradient(
+        vocabulary_parallel_kd_loss, student, teacher, vocabulary_start=0, vocabulary_size=3000, **options
+    )
+    wanted = loss_and_gradient(kd_loss, student.double(), teacher.double(), impl="reference", **options)
+    assert all(same(a, b) for a, b in zip(got, wanted, strict=True))

@@ -51,7 +51,7 @@ def divergence_per_row(log_q: Tensor, log_p: Tensor, divergence: str, jsd_beta: 
         return (p * (log_p_at_p - log_q.masked_fill(p == 0, 0))).sum(-1)
     if divergence == "jsd":
         m = jsd_beta * q + (1 - jsd_beta) * p
-        log_m = m.masked_fill(m == 0, 1).log()
+        log_m = m.clamp_min(torch.finfo(m.dtype).tiny).log()  # 1 / m must be finite
         return (jsd_beta * q * (log_q_at_q - log_m) + (1 - jsd_beta) * p * (log_p_at_p - log_m)).sum(-1)
     return 0.5 * (q - p).abs().sum(-1)  # tvd
 

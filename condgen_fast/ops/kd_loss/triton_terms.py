@@ -12,6 +12,7 @@ CROSS_ENTROPY, FORWARD_KL, REVERSE_KL, JSD, TVD = (tl.constexpr(i) for i in rang
 NO_TEACHER, DENSE, DROP, UNIFORM, RENORMALISE, PRIOR = (tl.constexpr(i) for i in range(6))
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LEAST: tl.constexpr = tl.constexpr(2.0**-126)  # the least normal number: half of it is 0 to a GPU
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def derivative(log2_p, p, log2_q, q, beta, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == REVERSE_KL:
         return tl.where(p == 0, 0.0, LN_2 * (log2_p - log2_q))
     elif DIVERGENCE == JSD:
-        return tl.where(p == 0, 0.0, (1 - beta) * LN_2 * (log2_p - tl.log2(beta * q + (1 - beta) * p)))
+        m = tl.maximum(beta * q + (1 - beta) * p, LEAST)
+        return tl.where(p == 0, 0.0, (1 - beta) * LN_2 * (log2_p - tl.log2(m)))
     else:
         return tl.where(p > q, 0.5, tl.where(p < q, -0.5, p - q))
 
@@ -135,7 +137,7 @@ def terms(log2_p, log2_q, beta, DIVERGENCE: tl.constexpr):
     weighted = p * derivative(log2_p, p, log2_q, q, beta, DIVERGENCE)
     part = weighted
     if DIVERGENCE == JSD:
-        m = beta * q + (1 - beta) * p
+        m = tl.maximum(beta * q + (1 - beta) * p, LEAST)
         part = weighted + tl.where(q == 0, 0.0, beta * LN_2 * q * (log2_q - tl.log2(m)))
     elif DIVERGENCE == TVD:
         part = 0.5 * tl.abs(p - q)

@@ -312,7 +312,8 @@ def _derivative(log_p, p, log_q, q, divergence: str, beta: float) -> Tensor:
     if divergence == "reverse_kl":
         return torch.where(p == 0, 0, log_p - log_q)
     if divergence == "jsd":
-        return torch.where(p == 0, 0, (1 - beta) * (log_p - (beta * q + (1 - beta) * p).log()))
+        m = (beta * q + (1 - beta) * p).clamp_min(torch.finfo(p.dtype).tiny)  # 0 where p is the least of numbers
+        return torch.where(p == 0, 0, (1 - beta) * (log_p - m.log()))
     return 0.5 * (p - q).sign()
 
 
