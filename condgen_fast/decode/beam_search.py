@@ -18,6 +18,7 @@ from condgen_fast.decode.left_to_right import (
     Unfinished,
     check_due,
     check_lengths,
+    end_ids,
     is_any,
     may_look,
     never_generated,
@@ -146,7 +147,7 @@ class BeamSearch:
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
         B, K, G, device = source.shape[0], self.beam_size, self.groups, source.device
         rules, k = RULES[self.compat], K // G
-        ends = list(getattr(model, "eos_ids", None) or [model.eos_id])
+        ends = end_ids(model)
         limits = target_limits(model, source_lengths, self.max_length, self.min_length)
         limit_steps = set(limits.tolist())
         longest = max(limit_steps)
@@ -243,7 +244,7 @@ class BeamSearch:
     ) -> tuple[Constraints, Tensor | None, Tensor | None]:
         """The constraints, and where they begin: [B, K, t] tokens generated and [B, K] nodes of the trie."""
         rules = RULES[self.compat]
-        banned = [] if rules.allow_specials else [token for token in never_generated(model) if token not in ends]
+        banned = [] if rules.allow_specials else never_generated(model)
         if any(not 0 <= token < model.vocab_size for token in self.banned):
             raise ValueError(f"banned must hold ids in [0, {model.vocab_size}); got {list(self.banned)}")
         prefixes = None

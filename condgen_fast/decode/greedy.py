@@ -10,7 +10,7 @@ from torch import Tensor
 
 from condgen_fast._check import check_choice
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.left_to_right import check_lengths, generate, is_any, never_generated
+from condgen_fast.decode.left_to_right import check_lengths, end_ids, generate, is_any, never_generated
 from condgen_fast.decode.protocols import StepModel
 from condgen_fast.ops.beam_search import beam_topk
 
@@ -42,10 +42,10 @@ class Greedy:
         check_choice(self.impl, "impl", ("auto", "reference"))
 
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        never = never_generated(model)
+        never, ends = never_generated(model), end_ids(model)
 
         def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            banned = never + [model.eos_id] * (step + 1 < self.min_length)
+            banned = never + ends * (step + 1 < self.min_length)
             return best_allowed(logits, banned, model.eos_id, self.impl)
 
         return generate(

@@ -33,11 +33,12 @@ def adapt(
     pad_id, bos_id, eos_id
                    of a masked model; by default its config's pad, bos or cls, and eos or sep token id
 
-    Ids of an encoder-decoder come from `model.generation_config`: bos is its `decoder_start_token_id`. Nothing else of
-    the generation configuration is read: beam size, lengths and penalties are options of the strategy.
+    Ids of an encoder-decoder come from `model.generation_config`: bos is its `decoder_start_token_id`, and several eos
+    ids all end a hypothesis (`eos_id`, the first, is the end that `score` counts). Nothing else of the generation
+    configuration is read: beam size, lengths and penalties are options of the strategy.
 
     Raises TypeError if the model is no encoder-decoder and there is no `mask_id`, ValueError where it does not have
-    exactly one eos id, a pad id and a decoder start id.
+    an eos id, one pad id and one decoder start id.
 
         decode(adapt(MarianMTModel.from_pretrained(path)), source, "beam", beam_size=4)
         model = adapt(BertForMaskedLM.from_pretrained(path), mask_id=103, bos_id=101, eos_id=102)
@@ -73,7 +74,8 @@ class HuggingFaceModel(nn.Module):
             )
         self.model = model
         generation = model.generation_config
-        self.eos_id = _only_id(generation.eos_token_id, "eos_token_id")
+        self.eos_ids = _ids(generation.eos_token_id, "eos_token_id")
+        self.eos_id = self.eos_ids[0]
         self.pad_id = _only_id(generation.pad_token_id, "pad_token_id")
         self.bos_id = _only_id(
             generation.decoder_start_token_id
@@ -166,10 +168,16 @@ class HuggingFaceModel(nn.Module):
 
 
 def _only_id(value: Any, name: str) -> int:
+    ids = _ids(value, name)
+    if len(ids) > 1:
+        raise ValueError(f"model.generation_config.{name} must be one id; got {ids}")
+    return ids[0]
+
+
+def _ids(value: Any, name: str) -> list[int]:
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, int):
-        raise ValueError(f"model.generation_config.{name} must be one id; got {value!r}")
-    return value
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not ids or not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"model.generation_config.{name} must be an id; got {value!r}")
+    return ids

@@ -28,9 +28,14 @@ def target_limits(model: Any, source_lengths: Tensor, max_length: int | None, mi
     return torch.full_like(source_lengths, max_length)
 
 
+def end_ids(model: Any) -> list[int]:
+    """All the ids that end a hypothesis."""
+    return list(getattr(model, "eos_ids", None) or [model.eos_id])
+
+
 def never_generated(model: Any) -> list[int]:
     """pad and bos, unless the model uses one of them as its eos too."""
-    return sorted({model.pad_id, model.bos_id} - {model.eos_id})
+    return sorted({model.pad_id, model.bos_id} - {*end_ids(model)})
 
 
 def is_any(tokens: Tensor, ids: list[int]) -> Tensor:
@@ -113,6 +118,7 @@ def generate(
     out_lengths = torch.zeros(B, n, dtype=torch.int64, device=device)
 
     rows = torch.arange(B, device=device)
+    ends = end_ids(model)
     state = model.start(model.encode(source, source_lengths), n)
     tokens = torch.full((B, n), model.bos_id, dtype=torch.int64, device=device)
     done = torch.zeros(B, n, dtype=torch.bool, device=device)
@@ -123,13 +129,14 @@ def generate(
         if step + 1 in limit_steps:
             at_limit = (limits == step + 1)[:, None]
             tokens = torch.where(at_limit, model.eos_id, tokens)
-            log_probs = torch.where(at_limit, log_prob_of(logits, model.eos_id), log_probs)
+            of_ends = torch.stack([log_prob_of(logits, token) for token in ends]).amax(0)
+            log_probs = torch.where(at_limit, of_ends, log_probs)
         del logits  # before the next are made
-        ends = tokens == model.eos_id
-        out_tokens[rows, :, step] = torch.where(done | ends, model.pad_id, tokens)
+        ending = is_any(tokens, ends)
+        out_tokens[rows, :, step] = torch.where(done | ending, model.pad_id, tokens)
         out_log_probs[rows, :, step] = torch.where(done, 0.0, log_probs)
         out_lengths[rows] += (~done).long()
-        done = done | ends
+        done = done | ending
         tokens = torch.where(done, model.pad_id, tokens)
         if not check_due(step, device):
             continue

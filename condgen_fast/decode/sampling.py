@@ -10,7 +10,7 @@ from torch import Tensor
 
 from condgen_fast._check import check_number
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.left_to_right import check_lengths, generate, never_generated
+from condgen_fast.decode.left_to_right import check_lengths, end_ids, generate, never_generated
 from condgen_fast.decode.protocols import StepModel
 
 
@@ -68,11 +68,11 @@ class Sampling:
         return self.n_samples
 
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        never = never_generated(model)
+        never, ends = never_generated(model), end_ids(model)
         keys = random_keys(source, source_lengths, self.n_samples, self.seed, self.generator)
 
         def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            banned = never + [model.eos_id] * (step + 1 < self.min_length)
+            banned = never + ends * (step + 1 < self.min_length)
             return self._draw(logits.float(), banned, uniform(mixed(keys[rows] + step)), model.eos_id)
 
         return generate(

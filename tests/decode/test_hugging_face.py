@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from condgen_fast.decode import BeamSearch, adapt, decode
+from condgen_fast.decode import BeamSearch, Greedy, adapt, decode
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,11 +116,13 @@ def generated(model, tokens, lengths, n, **options):
         output_scores=True,
         **options,
     )
-    eos = model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     rows = []
     for row in out.sequences[:, 1:].tolist():
-        assert eos in row, "a hypothesis reached the limit, where the two differ by definition"
-        rows.append(row[: row.index(eos)])
+        length = next((i for i, token in enumerate(row) if token in ends), None)
+        assert length is not None, "a hypothesis reached the limit, where the two differ by definition"
+        rows.append(row[:length])
     scores = out.get("sequences_scores")
     return [rows[i : i + n] for i in range(0, len(rows), n)], None if scores is None else scores.view(-1, n)
 
@@ -145,6 +147,40 @@ def test_beam_is_generates(model, stopping, early_stopping, length_penalty):
     found = decode(adapt(model), tokens, beam, source_lengths=lengths)
     torch.testing.assert_close(found.scores, scores, rtol=1e-6, atol=2e-5)
     assert found.to_lists() == expected
+
+
+def test_several_eos_ids(model):
+    tokens, lengths = sources(12, model.config.pad_token_id, seed=4)
+    one = decode(adapt(model), tokens, "greedy", source_lengths=lengths, max_length=60).to_lists()
+    ordinary = [token for rows in one for token in rows[0] if token not in (0, 1, 2, V - 1)]
+    other = max(set(ordinary), key=ordinary.count)
+    model.generation_config.eos_token_id = [model.config.eos_token_id, other]
+    adapted = adapt(model)
+    assert adapted.eos_ids == [model.config.eos_token_id, other] and adapted.eos_id == model.config.eos_token_id
+    for strategy, options in (
+        (Greedy(max_length=60, min_length=3), {"num_beams": 1}),
+        (BeamSearch(beam_size=4, n_best=2, stopping="first", max_length=60, min_length=3), {"num_beams": 4}),
+    ):
+        n = strategy.n_best if isinstance(strategy, BeamSearch) else 1
+        expected, scores = generated(
+            model, tokens, lengths, n, min_new_tokens=2, early_stopping=n > 1 or None, **options
+        )
+        found = decode(adapted, tokens, strategy, source_lengths=lengths)
+        assert found.to_lists() == expected
+        assert all(other not in row for rows in expected for row in rows)
+        if scores is not None:
+            torch.testing.assert_close(found.scores, scores, rtol=1e-6, atol=2e-5)
+        else:
+            assert expected != one
+    for row in decode(adapted, tokens, "sample", n_samples=4, max_length=60, source_lengths=lengths).to_lists():
+        assert all(other not in tokens for tokens in row)
+
+
+def test_greedy_ends_at_the_limit_with_the_likelier_eos(model):
+    model.generation_config.eos_token_id = [model.config.eos_token_id, 7, 9]
+    found = decode(adapt(model), [[5, 6, 7], [8]], Greedy(max_length=1))
+    beam = decode(adapt(model), [[5, 6, 7], [8]], BeamSearch(beam_size=1, stopping="first", max_length=1))
+    torch.testing.assert_close(found.scores, beam.scores, rtol=0, atol=1e-6)
 
 
 def test_forced_bos_and_its_override():
@@ -223,8 +259,11 @@ def test_what_cannot_be_adapted():
     with pytest.raises(TypeError, match="encoder-decoder.*got Linear"):
         adapt(torch.nn.Linear(2, 2))
     model = marian()
-    model.generation_config.eos_token_id = [0, 5]
-    with pytest.raises(ValueError, match=r"eos_token_id must be one id; got \[0, 5\]"):
+    model.generation_config.eos_token_id = []
+    with pytest.raises(ValueError, match=r"eos_token_id must be an id; got \[\]"):
+        adapt(model)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [0, 5], [1, 2]
+    with pytest.raises(ValueError, match=r"pad_token_id must be one id; got \[1, 2\]"):
         adapt(model)
     with pytest.raises(ValueError, match=r"forced_bos_id must be in \[0, 39\]; got 40"):
         adapt(bart(), forced_bos_id=40)
