@@ -30,7 +30,7 @@ from condgen_fast.models.checkpoint import kind, load_model
 from condgen_fast.models.layers import EncoderDecoder, TransformerConfig
 from condgen_fast.models.transformer import Transformer
 from condgen_fast.ops import LabelPrior, TopK, kd_loss
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 from condgen_fast.ops.kd_loss.teachers import TAILS
 from condgen_fast.recipes.evaluation import bleu_of
 from condgen_fast.recipes.training import ModelOptions, Run, TrainingOptions, choose_device, prepare_data

@@ -11,7 +11,7 @@ enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 
-// As in DIVERGENCES of op.py
+// As in DIVERGENCES of checks.py
 enum class Divergence { kCrossEntropy, kForwardKl, kReverseKl, kJsd, kTvd };
 
 struct Options {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kd_loss_cases import IMPLS, OPTIONS, TEACHERS, check, loss_and_gradient, make_teacher
 
 from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from kd_loss_cases import IMPLS, TEACHERS, make_teacher
 
 from condgen_fast.ops.kd_loss import kd_loss, linear_kd_loss
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 
 
 @pytest.fixture(autouse=True)

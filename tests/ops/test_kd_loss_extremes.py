@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kd_loss_cases import IMPLS, check, loss_and_gradient
 
 from condgen_fast.ops.kd_loss import TopK, kd_loss
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 
 
 @pytest.fixture(autouse=True)

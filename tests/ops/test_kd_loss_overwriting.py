@@ -7,7 +7,7 @@ import torch
 from kd_loss_cases import IMPLS, OPTIONS, TEACHERS, make_teacher
 
 from condgen_fast.ops.kd_loss import TopK, kd_loss, triton_kernel
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 

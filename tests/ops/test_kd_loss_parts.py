@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, kd_loss_parts
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 
 IMPLS = ["auto", "triton", "reference"]
 

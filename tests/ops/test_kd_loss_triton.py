@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, linear_kd_loss, reference, triton_kernel
-from condgen_fast.ops.kd_loss.op import DIVERGENCES, triton_kind, triton_teacher
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
+from condgen_fast.ops.kd_loss.op import triton_kind, triton_teacher
 
 TEACHERS = ["dense", "wide", "narrow", "drop", "uniform", "renormalise", "prior", "prior_rows", "all_listed"]
 OPTIONS = [

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from condgen_fast.ops.kd_loss import LabelPrior, TopK, kd_loss, vocabulary_parallel_kd_loss
-from condgen_fast.ops.kd_loss.op import DIVERGENCES
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 
 V = 37
 TEACHERS = ["none", "dense", "drop", "uniform", "renormalise", "prior"]

@@ -12,7 +12,7 @@ from condgen_fast import _library
 OPTIONS = (
     "int divergence, float hard, float soft, float temperature, float teacher_temperature, float jsd_beta, "
     "float label_smoothing, float z_loss, bool with_gradient"
-)  # KernelOptions of op.py, and whether the gradient is wanted
+)  # KernelOptions of checks.py, and whether the gradient is wanted
 
 
 def kd_loss_dense(student: Tensor, teacher: Tensor | None, labels: Tensor | None, coefficient: Tensor, *options):

@@ -8,7 +8,8 @@ from torch import Tensor
 from condgen_fast._check import check_number, check_tensor
 from condgen_fast.ops.kd_loss import reference
 from condgen_fast.ops.kd_loss.autograd import OPTIONS, kd_loss_dense
-from condgen_fast.ops.kd_loss.op import check_options, check_rows, choose_impl, refuse_forward_mode, row_coefficients
+from condgen_fast.ops.kd_loss.checks import check_options, check_rows, choose_impl, refuse_forward_mode
+from condgen_fast.ops.kd_loss.op import row_coefficients
 from condgen_fast.ops.kd_loss.teachers import FLOAT_DTYPES
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits of one side that are in memory at a time, by default

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from condgen_fast.ops.kd_loss import reference
-from condgen_fast.ops.kd_loss.op import (
+from condgen_fast.ops.kd_loss.checks import (
     check_options,
     check_tensors,
     check_top_k,
     choose_impl,
     refuse_forward_mode,
-    row_coefficients,
-    row_losses,
 )
+from condgen_fast.ops.kd_loss.op import row_coefficients, row_losses
 from condgen_fast.ops.kd_loss.teachers import LabelPrior, TopK
 
 

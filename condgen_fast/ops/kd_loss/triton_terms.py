@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CROSS_ENTROPY, FORWARD_KL, REVERSE_KL, JSD, TVD = (tl.constexpr(i) for i in range(5))  # DIVERGENCES of op.py
+CROSS_ENTROPY, FORWARD_KL, REVERSE_KL, JSD, TVD = (tl.constexpr(i) for i in range(5))  # DIVERGENCES of checks.py
 NO_TEACHER, DENSE, DROP, UNIFORM, RENORMALISE, PRIOR = (tl.constexpr(i) for i in range(6))
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)

@@ -15,14 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from condgen_fast._check import check_number, check_tensor
-from condgen_fast.ops.kd_loss.op import (
-    DIVERGENCES,
-    KernelOptions,
-    check_options,
-    check_rows,
-    check_teacher,
-    row_coefficients,
-)
+from condgen_fast.ops.kd_loss.checks import DIVERGENCES, KernelOptions, check_options, check_rows, check_teacher
+from condgen_fast.ops.kd_loss.op import row_coefficients
 from condgen_fast.ops.kd_loss.reference import divergence_per_row
 from condgen_fast.ops.kd_loss.teachers import FLOAT_DTYPES, LabelPrior, TopK, check_listed_ids, listed_distribution
 
