@@ -189,11 +189,21 @@ inline Vec load(const Half* from) {
 
 inline void store(float* to, Vec lanes) { std::memcpy(to, &lanes.raw, sizeof lanes.raw); }
 
+// The high half of each word is what lanes are in 16 bits.
+inline Words rounded_to_bfloat16(Vec lanes) {
+  const Words bits = reinterpret_cast<Words>(lanes.raw), half = 0x7fff + (bits >> 16 & 1);
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask(lanes.raw, lanes.raw, _CMP_ORD_Q);
+  return reinterpret_cast<Words>(_mm512_mask_add_epi32(reinterpret_cast<__m512i>(bits | 0x400000), number,
+                                                       reinterpret_cast<__m512i>(bits),
+                                                       reinterpret_cast<__m512i>(half)));
+#else
+  return lanes.raw == lanes.raw ? bits + half : bits | 0x400000;
+#endif
+}
+
 inline void store(BFloat16* to, Vec lanes) {
-  const Words bits = reinterpret_cast<Words>(lanes.raw);
-  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Words nan = bits >> 16 | 0x40;
-  const Shorts narrow = __builtin_convertvector(lanes.raw == lanes.raw ? rounded : nan, Shorts);
+  const Shorts narrow = __builtin_convertvector(rounded_to_bfloat16(lanes) >> 16, Shorts);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -207,6 +217,25 @@ inline void store(Half* to, Vec lanes) {
   for (int64_t i = 0; i < kLanes; ++i) to[i] = from_float<Half>(lanes.raw[i]);
 #endif
 }
+
+// Two vectors, one after the other
+template <class T>
+inline void store_two(T* to, Vec first, Vec second) {
+  store(to, first);
+  store(to + kLanes, second);
+}
+
+#if defined(__AVX512F__)
+template <>
+inline void store_two<BFloat16>(BFloat16* to, Vec first, Vec second) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const Halves a = reinterpret_cast<Halves>(rounded_to_bfloat16(first));
+  const Halves b = reinterpret_cast<Halves>(rounded_to_bfloat16(second));
+  const Halves high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35,
+                                              37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+  std::memcpy(to, &high, sizeof high);
+}
+#endif
 
 // The first `count` lanes, 0 <= count <= kLanes, from memory and `fill` in the others; nothing beyond is touched.
 template <class T>
@@ -359,6 +388,23 @@ inline Vec exp2(Vec x) {
   return _mm512_maskz_scalef_ps(kAll, p.raw, n.raw);
 #else
   return p * Vec(reinterpret_cast<Floats>(reinterpret_cast<Ints>(shifted.raw) << 23));
+#endif
+}
+
+// 2^x of x <= 128 for what is rounded to 16 bits in the end: within 1.5e-7 of it; 2^n is exact. As 2^floor(x) * 2^r,
+// for which AVX-512 has instructions; elsewhere exp2().
+inline Vec short_exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = _mm512_maskz_reduce_ps(kAll, x.raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // in [0, 1]
+  Vec p(1.867129817e-3f);
+  p = fma(p, r, Vec(9.017030708e-3f));
+  p = fma(p, r, Vec(5.579991266e-2f));
+  p = fma(p, r, Vec(2.401644439e-1f));
+  p = fma(p, r, Vec(6.931512952e-1f));
+  p = fma(p, r, Vec(1.0f));
+  return _mm512_maskz_scalef_ps(kAll, p.raw, x.raw);  // which rounds x down
+#else
+  return exp2(x);
 #endif
 }
 

@@ -42,6 +42,7 @@ inline void store(double* x, double value) { *x = value; }
 
 // simd.h's functions of a Vec are found by its argument.
 inline double exp2(double x) { return std::exp2(x); }
+inline double short_exp2(double x) { return std::exp2(x); }
 inline double log(double x) { return std::log(x); }
 inline double fma(double a, double b, double c) { return a * b + c; }
 inline double select(bool where, double yes, double no) { return where ? yes : no; }

@@ -137,6 +137,8 @@ struct Sweep {
   template <class BeforeBlock>
   void run(Divergence divergence, bool want_x, bool want_entropies, const BeforeBlock& before_block) {
     const int64_t width = student.width;
+    const bool short_student = student.dtype == Dtype::kBFloat16 || student.dtype == Dtype::kHalf;
+    const Detail detail = want_entropies ? Detail::kEntropies : short_student ? Detail::kShort : Detail::kPlain;
     Real highest = -INFINITY, teacher_highest = -INFINITY;
     for (int64_t begin = 0; begin < width; begin += kBlock) {
       const int64_t count = std::min(kBlock, width - begin), ahead = begin + kBlock;
@@ -155,8 +157,12 @@ struct Sweep {
       }
       before_block(begin);
       Block& block = scratch.blocks[begin / kBlock];
-      block.sums = exponentials(teacher != nullptr, divergence, hard, want_entropies, s, t, padded, scratch.at(begin));
-      block.sums.x = want_x ? sum_of(s.logits, count, s.shift) : 0;
+      block.sums = exponentials(teacher != nullptr, divergence, hard, detail, s, t, padded, scratch.at(begin));
+      if (!want_x) {
+        block.sums.x = 0;
+      } else if (teacher || count < padded) {
+        block.sums.x = sum_of(s.logits, count, s.shift);
+      }
       block.student_shift = highest;
       block.teacher_shift = teacher_highest;
     }

@@ -23,7 +23,7 @@ enum class Hard { kNone, kSame, kSquare, kSeparate };  // not needed; e (T is 1)
 struct BlockSums {
   double e = 0, h = 0, q = 0;  // h: of the student at temperature 1
   double dot = 0;              // of the divergence: q * z, q * (y - z) or e * (z - y)
-  double x = 0;                // s - shift
+  double x = 0;                // s - shift, where there is no teacher
   double e_z = 0, q_y = 0;     // of the entropies
 };
 
@@ -114,6 +114,9 @@ struct Exponents {
   Ahead ahead;
 };
 
+// kShort: exponentials that only a gradient of 16 bits is made of
+enum class Detail { kPlain, kEntropies, kShort };
+
 // Structures are handed to the loops by value: the compiler then knows that stores do not change them.
 
 // The first sweep writes e and w, what else of a token its gradient needs: q where that is of p - q, jsd and tvd, and
@@ -126,27 +129,33 @@ struct Powers {
 };
 
 // `count` is of whole steps.
-template <bool kTeacher, Divergence kDivergence, Hard kHard, bool kEntropies, class Real>
+template <bool kTeacher, Divergence kDivergence, Hard kHard, Detail kDetail, class Real>
 BlockSums exponentials_of(Exponents<Real> student, Exponents<Real> teacher, int64_t count, Powers<Real> powers) {
   using V = Wide<Real>;
+  constexpr bool kEntropies = kDetail == Detail::kEntropies;
+  constexpr auto power = [](V x) {
+    if constexpr (kDetail == Detail::kShort) return short_exp2(x);
+    return exp2(x);
+  };
   const V zero(Real(0)), log2_e{Real(kLog2E)};
   const V s_shift(student.shift), s_factor(student.factor), t_shift(teacher.shift), t_factor(teacher.factor);
-  V e_sum = zero, h_sum = zero, q_sum = zero, dot = zero, e_z = zero, q_y = zero;
+  V e_sum = zero, h_sum = zero, q_sum = zero, dot = zero, x_sum = zero, e_z = zero, q_y = zero;
 #pragma GCC unroll 2
   for (int64_t i = 0; i < count; i += kStep<Real>) {
-    const V x = load(student.logits + i) - s_shift, z = x * s_factor, e = exp2(z);
+    const V x = load(student.logits + i) - s_shift, z = x * s_factor, e = power(z);
     e_sum = e_sum + e;
+    if constexpr (!kTeacher) x_sum = x_sum + x;
     store(powers.e + i, e);
     student.ahead.fetch(i);
     if constexpr (kHard == Hard::kSquare) h_sum = fma(e, e, h_sum);
     if constexpr (kHard == Hard::kSeparate) {
-      const V h = exp2(x * log2_e);
+      const V h = power(x * log2_e);
       h_sum = h_sum + h;
       store(powers.h + i, h);
     }
     if constexpr (kEntropies) e_z = e_z + select(e == zero, zero, e * z);
     if constexpr (kTeacher) {
-      const V y = (load(teacher.logits + i) - t_shift) * t_factor, q = exp2(y);
+      const V y = (load(teacher.logits + i) - t_shift) * t_factor, q = power(y);
       q_sum = q_sum + q;
       V w = q;
       if constexpr (kDivergence == Divergence::kCrossEntropy) dot = dot + select(q == zero, zero, q * z);
@@ -165,21 +174,25 @@ BlockSums exponentials_of(Exponents<Real> student, Exponents<Real> teacher, int6
   sums.h = kHard == Hard::kSame ? sums.e : reduce_sum(h_sum);
   sums.q = reduce_sum(q_sum);
   sums.dot = reduce_sum(dot);
+  sums.x = reduce_sum(x_sum);
   sums.e_z = reduce_sum(e_z);
   sums.q_y = reduce_sum(q_y);
   return sums;
 }
 
 template <class Real>
-BlockSums exponentials(bool with_teacher, Divergence divergence, Hard hard, bool with_entropies,
+BlockSums exponentials(bool with_teacher, Divergence divergence, Hard hard, Detail detail,
                        const Exponents<Real>& student, const Exponents<Real>& teacher, int64_t count,
                        const Powers<Real>& powers) {
   auto run = [&](auto teaches, auto divergence_is, auto hard_is) {
     constexpr bool kTeacher = decltype(teaches)::value;
     constexpr Divergence kDivergence = decltype(divergence_is)::value;
     constexpr Hard kHard = decltype(hard_is)::value;
-    if (with_entropies) return exponentials_of<kTeacher, kDivergence, kHard, true>(student, teacher, count, powers);
-    return exponentials_of<kTeacher, kDivergence, kHard, false>(student, teacher, count, powers);
+    auto with = [&](auto detail_is) {
+      return exponentials_of<kTeacher, kDivergence, kHard, decltype(detail_is)::value>(student, teacher, count, powers);
+    };
+    if (detail == Detail::kEntropies) return with(Constant<Detail::kEntropies>{});
+    return detail == Detail::kShort ? with(Constant<Detail::kShort>{}) : with(Constant<Detail::kPlain>{});
   };
   auto against = [&](auto hard_is) {
     if (!with_teacher) return run(Constant<false>{}, Constant<Divergence::kJsd>{}, hard_is);
@@ -246,9 +259,12 @@ void write_gradient_of(Powers<Real> powers, int64_t count, const GradientFactors
     return g;
   };
   int64_t i = 0;
-  for (; i + kStep<Real> <= count; i += kStep<Real>) {
-    store(gradient + i, entries(i));
+  if constexpr (kStep<Real> > 1) {
+    for (; i + 2 * kStep<Real> <= count; i += 2 * kStep<Real>) {
+      simd::store_two(gradient + i, entries(i), entries(i + kStep<Real>));
+    }
   }
+  for (; i + kStep<Real> <= count; i += kStep<Real>) store(gradient + i, entries(i));
   if constexpr (kStep<Real> > 1) {
     if (i < count) simd::store_first(gradient + i, entries(i), count - i);
   }

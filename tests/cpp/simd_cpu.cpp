@@ -65,7 +65,12 @@ void exponential() {
     check(x, simd::exp2(Vec(x))[kLanes / 2], std::exp2(static_cast<double>(x)));
   }
   CHECK(worst <= (kLanes > 4 ? 1.0f : 1.2f));
-  for (Vec (*power)(Vec) : {simd::exp, simd::exp2}) {
+  for (float x = -126.0f; x < 127.0f; x += 0.0144f) {
+    CHECK(std::abs(simd::short_exp2(Vec(x))[kLanes / 2] / std::exp2(static_cast<double>(x)) - 1) < 1.6e-7);
+    CHECK(simd::short_exp2(Vec(std::floor(x)))[0] == std::exp2(std::floor(x)));
+  }
+  CHECK(simd::short_exp2(Vec(NAN))[0] != simd::short_exp2(Vec(NAN))[0]);
+  for (Vec (*power)(Vec) : {simd::exp, simd::exp2, simd::short_exp2}) {
     CHECK(power(Vec(0.0f))[0] == 1.0f);
     CHECK(power(Vec(-kInfinity))[0] == 0.0f);
     CHECK(power(Vec(kInfinity))[0] == kInfinity);
