@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgen_fast._check import check_token_ids
@@ -36,6 +37,8 @@ def adapt(
     Ids of an encoder-decoder come from `model.generation_config`: bos is its `decoder_start_token_id`, and several eos
     ids all end a hypothesis (`eos_id`, the first, is the end that `score` counts). Nothing else of the generation
     configuration is read: beam size, lengths and penalties are options of the strategy.
+    Keys and values of the source are held once a sentence where the decoder attends by torch's attention ("sdpa", the
+    default of Marian, BART, T5 and most others), once a beam where it was loaded with another; neither is reordered.
 
     Raises TypeError if the model is no encoder-decoder and there is no `mask_id`, ValueError where it does not have
     an eos id, one pad id and one decoder start id.
@@ -59,7 +62,34 @@ class _Memory:
 class _State:
     memory: _Memory
     beam_size: int
-    cache: Any = None  # transformers.EncoderDecoderCache of B*K rows, None before the first step
+    # transformers.EncoderDecoderCache, None before the first step: of B*K rows for the target's tokens, of B rows
+    # (`_OfSentences`) for the source's where the model attends by scaled_dot_product_attention, otherwise of B*K too
+    cache: Any = None
+
+
+class _OfSentences(Tensor):
+    """Keys or values [B, H, S, D] of the source that the queries [B*K, H, 1, D] of all K beams of a sentence look at.
+
+    `scaled_dot_product_attention` takes a sentence's beams for K queries of one row, so that nothing is copied per
+    beam. The model is not touched: only the tensors in the cache that it is handed are of this kind.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _attend(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    (rows, heads, _, width), sentences = query.shape, key.shape[0]
+    beams = rows // sentences
+    if attn_mask is not None and attn_mask.shape[0] == rows:
+        attn_mask = attn_mask[::beams]  # the same for all beams of a sentence
+    query = query.view(sentences, beams, heads, width).transpose(1, 2)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    return found.transpose(1, 2).flatten(0, 1)[:, :, None]
 
 
 class HuggingFaceModel(nn.Module):
@@ -128,10 +158,15 @@ class HuggingFaceModel(nn.Module):
     def step(self, tokens: Tensor, state: _State) -> tuple[Tensor, _State]:
         B, K = tokens.shape
         if state.cache is None:
-            # All hypotheses are still equal: one row a sentence goes through the decoder, then the caches are copied
-            # per beam, once. From here on only the self-attention cache is ever moved.
+            # All hypotheses are still equal: one row a sentence goes through the decoder, then the self-attention cache
+            # is copied per beam, once. From here on only it is ever moved.
             logits, cache = self._decode(tokens[:, :1], state.memory.hidden, state.memory.mask, None)
-            cache.batch_repeat_interleave(K)
+            cache.self_attention_cache.batch_repeat_interleave(K)
+            if self._shares_source():
+                for layer in cache.cross_attention_cache.layers:
+                    layer.keys, layer.values = (x.as_subclass(_OfSentences) for x in (layer.keys, layer.values))
+            else:
+                cache.cross_attention_cache.batch_repeat_interleave(K)
             logits = logits[:, None].expand(B, K, -1).contiguous()
             if self.forced_bos_id is not None:
                 logits = torch.full_like(logits, -torch.inf)
@@ -155,6 +190,10 @@ class HuggingFaceModel(nn.Module):
         )
         return output.logits[:, -1], output.past_key_values
 
+    def _shares_source(self) -> bool:
+        """Whether the decoder's attention is torch's, as it is unless the model was loaded to have another."""
+        return getattr(self.model.get_decoder().config, "_attn_implementation", None) == "sdpa"
+
     def reorder(self, state: _State, parents: Tensor) -> _State:
         first = torch.arange(parents.shape[0], device=parents.device)[:, None] * state.beam_size
         state.cache.self_attention_cache.reorder_cache((first + parents).reshape(-1))
@@ -162,7 +201,9 @@ class HuggingFaceModel(nn.Module):
 
     def select(self, state: _State, rows: Tensor) -> _State:
         beams = torch.arange(state.beam_size, device=rows.device)
-        state.cache.batch_select_indices((rows[:, None] * state.beam_size + beams).reshape(-1))
+        beam_rows = (rows[:, None] * state.beam_size + beams).reshape(-1)
+        state.cache.self_attention_cache.batch_select_indices(beam_rows)
+        state.cache.cross_attention_cache.batch_select_indices(rows if self._shares_source() else beam_rows)
         memory = _Memory(state.memory.hidden[rows], state.memory.mask[rows])
         return replace(state, memory=memory)
 

@@ -236,6 +236,46 @@ def test_only_the_self_attention_cache_is_reordered(model, monkeypatch):
     assert moved and all(c is cache.self_attention_cache for c in moved)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_source_is_cached_once_a_sentence(model, attention, monkeypatch):
+    """Not once a beam, where torch's attention is the model's; hypotheses are those of a cache that is."""
+    model.set_attn_implementation(attention)
+    tokens, lengths = sources(9, model.config.pad_token_id, seed=5)
+    beam = BeamSearch(beam_size=4, n_best=4, max_length=60)
+    adapted, K = adapt(model), 4
+    seen, step = [], adapted.step
+
+    def spy(tokens, state):
+        logits, state = step(tokens, state)
+        seen.extend((len(tokens), layer.keys, layer.values) for layer in state.cache.cross_attention_cache.layers)
+        return logits, state
+
+    monkeypatch.setattr(adapted, "step", spy)
+    found = decode(adapted, tokens, beam, source_lengths=lengths)
+    rows = 1 if attention == "sdpa" else K
+    assert len(seen) > 10 and all(len(keys) == len(values) == rows * B for B, keys, values in seen)
+    assert len({B for B, _, _ in seen}) > 1  # finished sentences have left
+    # read in place: the caches of a step are those of the step before until sentences leave
+    moves = [a[1].data_ptr() != b[1].data_ptr() for a, b in zip(seen, seen[2:], strict=False) if a[0] == b[0]]
+    assert not any(moves)
+
+    monkeypatch.setattr(adapted, "_shares_source", lambda: False)
+    copied = decode(adapted, tokens, beam, source_lengths=lengths)
+    assert found.to_lists() == copied.to_lists()
+    torch.testing.assert_close(found.scores, copied.scores, rtol=0, atol=1e-5)
+
+
+def test_a_failing_step_leaves_the_model_as_it_was(model, monkeypatch):
+    expected = decode(adapt(model), [[5, 6], [7]], BeamSearch(beam_size=2)).to_lists()
+    broken = adapt(model)
+    monkeypatch.setattr(broken, "reorder", lambda state, parents: 1 / 0)
+    before = dict(vars(model.config))
+    with pytest.raises(ZeroDivisionError):
+        decode(broken, [[5, 6], [7]], BeamSearch(beam_size=2))
+    assert vars(model.config) == before
+    assert decode(adapt(model), [[5, 6], [7]], BeamSearch(beam_size=2)).to_lists() == expected
+
+
 def test_training_mode_and_weights_are_left_alone(model):
     model.train()
     frozen = model.get_encoder().eval()
