@@ -167,7 +167,7 @@ def test_distillation_on_two_processes(teacher, corpus, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m"]
     result = subprocess.run(
         [*launch, "condgen_fast.cli", *command, str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
