@@ -76,10 +76,11 @@ class _OfSentences(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.scaled_dot_product_attention:
                 return _attend(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if isinstance(result, Tensor) else result
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
