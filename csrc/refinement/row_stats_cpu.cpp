@@ -22,7 +22,7 @@ constexpr float kHighestExponent = 60.0f;  // above it sums of e^x are taken ane
 constexpr float kHighestAboveBase = 4.0f;  // likewise for sums of x e^x, which lose digits sooner
 
 // e^x within 2.5e-7 of it, relatively, for kLowestExponent <= x <= 87; half the work of simd::exp, which takes any x.
-// 2^f for |f| <= 1/2 by a minimax polynomial.
+// Beyond, any number: the chunk is then taken anew from a higher base. 2^f for |f| <= 1/2 by a minimax polynomial.
 Vec exp_within(Vec x) {
   const Vec shift(0x1.8p23f);  // adding it rounds to an integer, which is then in the low bits
   const Vec shifted = simd::fma(x, Vec(1.44269504088896341f), shift);
@@ -33,8 +33,8 @@ Vec exp_within(Vec x) {
   p = simd::fma(p, f, Vec(2.40222424e-1f));
   p = simd::fma(p, f, Vec(6.93147004e-1f));
   p = simd::fma(p, f, Vec(1.0f));
-  return reinterpret_cast<simd::Floats>(reinterpret_cast<simd::Ints>(p.raw) +
-                                        (reinterpret_cast<simd::Ints>(shifted.raw) << 23));
+  using simd::Words;  // unsigned: beyond 87 the exponent wraps
+  return reinterpret_cast<simd::Floats>(reinterpret_cast<Words>(p.raw) + (reinterpret_cast<Words>(shifted.raw) << 23));
 }
 
 float defined(float x) { return x != x ? -kInfinity : std::min(x, kLargest); }
