@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded
 from torch import Tensor
 
 from condgen_fast.data import embedded
@@ -252,29 +253,6 @@ def translator(name: str, strategy: Any, B: int, device: str) -> Callable[..., l
         return [best[0] for source in sources for best in decode(model, source, strategy).to_lists()]
 
     return translate
-
-
-class Recorded:
-    """A model that notes each call of its methods, with the arguments as they were."""
-
-    def __init__(self, model: Any):
-        self._model, self._calls = model, []
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model, name)
-        if not callable(value):
-            return value
-
-        def call(*arguments: Any) -> Any:
-            self._calls.append((value, [a.clone() if isinstance(a, Tensor) else a for a in arguments]))
-            return value(*arguments)
-
-        return call
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for method, arguments in self._calls:
-            method(*arguments)
 
 
 @pytest.mark.parametrize("B", [1, 32])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded
 from torch import Tensor
 
 from condgen_fast.data import embedded
@@ -42,29 +43,6 @@ class Led(LevenshteinTransformer):
             logits[:, 2 * self.rounds, LENGTH if self.rounds == 0 else 2] = 2.0
         self.rounds += 1
         return logits
-
-
-class Recorded:
-    """A model that notes each call of its methods, with the arguments as they were."""
-
-    def __init__(self, model: Any):
-        self._model, self._calls = model, []
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model, name)
-        if not callable(value):
-            return value
-
-        def call(*arguments: Any) -> Any:
-            self._calls.append((value, [a.clone() if isinstance(a, Tensor) else a for a in arguments]))
-            return value(*arguments)
-
-        return call
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for method, arguments in self._calls:
-            method(*arguments)
 
 
 class ProjectsAll:

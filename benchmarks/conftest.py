@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # what several benchmarks share
 
 Call = Callable[[], object]
 
