@@ -26,6 +26,12 @@ class StepModel(Protocol):
     Where it is present, finished sentences leave the batch. `eos_ids` (ints, eos_id among them) are all the ids that
     end a hypothesis, where there are several. `force(target [B, n, T], memory) -> logits [B, n, T, V]` is teacher
     forcing, for `score`.
+
+    `reserve(state, steps) -> state`, of a state that `start` returned: one in which so many steps are made in place, or
+    None where the model as it stands has to go on step by step. Its `step` and `reorder` return the state they were
+    given: they write into tensors that stay where they are, with shapes that stay as they are (as many parents as
+    beams), the position being on the device, and wait for nothing; so a strategy may capture them in a CUDA graph.
+    `select` returns another such state, of fewer rows and with as many steps left.
     """
 
     vocab_size: int
