@@ -53,8 +53,8 @@ class BeamSearch:
                      2022); must be 1 with exact stopping, which does not ask how many are finished
     compat           hf | fairseq | ctranslate2: what that system returns for the same logits and options. hf and
                      ctranslate2 generate pad and bos like other tokens and cut what reaches the limit instead of
-                     ending it, so that max_length is their max_new_tokens or max_decoding_length; ctranslate2 does not
-                     count eos in the length; min_length counts eos as ever
+                     ending it, so that max_length is their max_new_tokens or max_decoding_length; min_length counts
+                     eos as ever
     min_length       tokens of the shortest hypothesis, eos included
     max_length       tokens of the longest, eos included; None: 2 * source length + 10, at most `model.max_positions`
     no_repeat_ngram  n > 0: no n tokens follow each other twice in a hypothesis
@@ -356,9 +356,8 @@ class BeamSearch:
             ending = ending & (ending.cumsum(1) <= room)
         if may_look(ending.device) and not ending.any():
             return finished, topped
-        counted = norm[length] if rules.count_eos else torch.where(is_end, norm[length - 1], norm[length])
         values = found.ranks if self.choose == "stochastic" else found.sums
-        scores = torch.where(ending, values / counted, -torch.inf)
+        scores = torch.where(ending, values / norm[length], -torch.inf)
         return finished.merged(scores, found.sums, found.parents, found.tokens, length), topped | ending[:, 0]
 
 

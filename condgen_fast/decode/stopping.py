@@ -17,7 +17,6 @@ class Rules:
     stopping        what they do where the user does not say
     choices         what they can do
     cut_at_limit    a hypothesis that has reached the limit is returned without eos; otherwise only eos may follow there
-    count_eos       eos counts in the length that a score is divided by
     overflow        of several hypotheses that end at once, those that the finished list has no room for: best keeps
                     the best of all, order those that come first by sum, room makes room for all
     allow_specials  pad and bos may be generated
@@ -27,7 +26,6 @@ class Rules:
     stopping: str = "exact"
     choices: tuple[str, ...] = STOPPING
     cut_at_limit: bool = False
-    count_eos: bool = True
     overflow: str = "best"
     allow_specials: bool = False
     renormalise: bool = False
@@ -43,7 +41,6 @@ RULES = {
         stopping="first",
         choices=("first",),
         cut_at_limit=True,
-        count_eos=False,
         overflow="room",
         allow_specials=True,
         renormalise=True,
@@ -52,7 +49,7 @@ RULES = {
 
 
 def norms(normalization: str, length_penalty: float, longest: int, device: torch.device) -> Tensor:
-    """norm(length) for lengths 0 .. longest + 1, float32. A length of 0, which only CTranslate2 counts, ends last."""
+    """norm(length) for lengths 0 .. longest + 1, float32."""
     lengths = torch.arange(longest + 2, dtype=torch.float64, device=device)
     if normalization == "none" or length_penalty == 0:
         return torch.ones_like(lengths, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -155,16 +156,22 @@ def test_hugging_face(marian, stopping, options):
         dict(length_penalty=1.0),
         dict(length_penalty=0.0, n_best=2),
         dict(length_penalty=0.6, n_best=4, patience=2.0),
+        dict(length_penalty=-1.0, n_best=4),
         dict(min_length=5),
+        dict(no_repeat_ngram=1, n_best=4),
+        dict(no_repeat_ngram=2, n_best=4),
         dict(repetition_penalty=1.3),
         dict(max_length=3, n_best=2),
     ],
     ids=str,
 )
-def test_ctranslate2(marian, options, tmp_path):
+@pytest.mark.parametrize("eos_bias", [1.0, 6.0])  # most are cut at the limit; most end
+def test_ctranslate2(marian, options, eos_bias, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     from ctranslate2.converters.transformers import MarianMTLoader
 
+    marian = copy.deepcopy(marian)
+    marian.final_logits_bias[0, 0] = eos_bias
     pieces = ["</s>", "<unk>", *map(str, range(2, 22))]
     spec = MarianMTLoader().get_model_spec(marian)
     spec.register_source_vocabulary(pieces)
@@ -194,6 +201,8 @@ def test_ctranslate2(marian, options, tmp_path):
     for row, scores, result in zip(found.to_lists(), found.scores.tolist(), results, strict=True):
         assert [[pieces[token] for token in tokens] for tokens in row] == result.hypotheses
         assert scores == pytest.approx(result.scores, abs=1e-3)
+    if eos_bias == 6.0 and options["max_length"] > 3:
+        assert (found.lengths < options["max_length"]).float().mean() > 0.5
 
 
 def test_options_that_a_system_does_not_have():
