@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "levenshtein/levenshtein.h"
 #include "levenshtein/rows.h"
 
@@ -30,7 +32,8 @@ BadRows apply_edits(const ApplyArguments<Id, Score>& arguments, int64_t begin, i
       if (counts[slot] < 0) lower(bad.other, b);
     }
 
-    int64_t room = out_width > kept ? out_width - kept : 0;
+    const int64_t bound = arguments.bounds == nullptr ? out_width : std::min(arguments.bounds[b], out_width);
+    int64_t room = std::max<int64_t>(bound - kept, 0);
     int64_t rank = 0, length = 0;
     auto append = [&](Id token, Score score, int64_t from) {
       out[length] = fill != nullptr && token == arguments.mask_id ? fill[length] : token;

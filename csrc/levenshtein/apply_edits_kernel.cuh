@@ -28,7 +28,9 @@ __global__ void __launch_bounds__(kWarp) apply_edits_kernel(ApplyArguments<Id, S
   };
   int64_t kept = 0;
   for (int64_t base = 0; base < length; base += kWarp) kept += __popc(__ballot_sync(kAll, stays(base + lane)));
-  const int64_t room = out_width > kept ? out_width - kept : 0;
+  const int64_t bound =
+      arguments.bounds == nullptr || arguments.bounds[b] > out_width ? out_width : arguments.bounds[b];
+  const int64_t room = bound > kept ? bound - kept : 0;
   // How many placeholders the token of this rank wants behind it; the sum of all still fits in 64 bits.
   auto wanted = [&](int64_t rank) {
     if (counts == nullptr || rank + 1 >= kept) return int64_t{0};

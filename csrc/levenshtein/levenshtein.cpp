@@ -91,7 +91,7 @@ Tensor random_noise_cpu(const Tensor& tokens, const Tensor& seed, int64_t kind, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(
     const Tensor& tokens, const std::optional<Tensor>& delete_labels, const std::optional<Tensor>& insert,
     const std::optional<Tensor>& fill, const std::optional<Tensor>& scores, int64_t pad_id, int64_t bos_id,
-    int64_t eos_id, int64_t mask_id, int64_t width) {
+    int64_t eos_id, int64_t mask_id, int64_t width, const std::optional<Tensor>& bounds) {
   auto run = [](const auto& arguments, int64_t batch) {
     const int64_t row_tokens = arguments.width + arguments.out_width;
     const BadRows bad = over_rows(batch, row_tokens, [&](int64_t begin, int64_t end) {
@@ -104,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cpu(
     const int64_t slot = std::find_if(counts, counts + slots, [](int64_t count) { return count < 0; }) - counts;
     fail("insert must not be negative; got ", counts[slot], " in row ", bad.other, ", slot ", slot);
   };
-  return apply_edits_op(tokens, delete_labels, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, run);
+  return apply_edits_op(tokens, delete_labels, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, bounds,
+                        run);
 }
 
 }  // namespace
@@ -120,7 +121,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condgen_fast, m) {
       "-> Tensor");
   m.def(
       "apply_edits(Tensor tokens, Tensor? delete, Tensor? insert, Tensor? fill, Tensor? scores, int pad_id, "
-      "int bos_id, int eos_id, int mask_id, SymInt width) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int bos_id, int eos_id, int mask_id, SymInt width, Tensor? bounds=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(condgen_fast, CPU, m) {

@@ -102,6 +102,7 @@ struct ApplyArguments {
   const int64_t* insert;      // [B, max(S-1, 0)] or null
   const Id* fill;             // [B, W] or null
   const Score* scores;        // [B, S] or null
+  const int64_t* bounds;      // [B], what placeholders may lengthen a row to, or null: W
   int64_t width;              // S
   int64_t out_width;          // W
   int64_t pad_id, bos_id, eos_id, mask_id;

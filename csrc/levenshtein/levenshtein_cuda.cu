@@ -81,13 +81,14 @@ Tensor random_noise_cuda(const Tensor& tokens, const Tensor& seed, int64_t kind,
 std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_cuda(
     const Tensor& tokens, const std::optional<Tensor>& delete_labels, const std::optional<Tensor>& insert,
     const std::optional<Tensor>& fill, const std::optional<Tensor>& scores, int64_t pad_id, int64_t bos_id,
-    int64_t eos_id, int64_t mask_id, int64_t width) {
+    int64_t eos_id, int64_t mask_id, int64_t width, const std::optional<Tensor>& bounds) {
   const OnDeviceOf device(tokens);
   auto run = [&](const auto& arguments, int64_t batch) {
     apply_edits_kernel<<<batch, kWarp, 0, device.stream()>>>(arguments);
     check_launch("apply_edits");
   };
-  return apply_edits_op(tokens, delete_labels, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, run);
+  return apply_edits_op(tokens, delete_labels, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, bounds,
+                        run);
 }
 
 }  // namespace

@@ -183,7 +183,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens, 
                                                           const std::optional<Tensor>& fill,           // [B, W]
                                                           const std::optional<Tensor>& scores,         // [B, S]
                                                           int64_t pad_id, int64_t bos_id, int64_t eos_id,
-                                                          int64_t mask_id, int64_t out_width, const Run& run) {
+                                                          int64_t mask_id, int64_t out_width,
+                                                          const std::optional<Tensor>& bounds,  // [B]
+                                                          const Run& run) {
   check_shape(tokens, "tokens", {-1, -1});
   check_dtype(tokens, "tokens", {ScalarType::Long, ScalarType::Int});
   const int64_t batch = tokens.size(0), width = tokens.size(1);
@@ -195,8 +197,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens, 
     check_dtype(*scores, "scores", {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16});
     check_like(scores, "scores", tokens, scores->scalar_type(), width);
   }
+  if (bounds) {
+    check_shape(*bounds, "bounds", {batch});
+    check_dtype(*bounds, "bounds", {ScalarType::Long});
+    check_same_device(*bounds, "bounds", tokens, "tokens");
+  }
   const Tensor x = packed(tokens);
-  const auto deleted = packed(delete_labels), counts = packed(insert), filling = packed(fill), score = packed(scores);
+  const auto deleted = packed(delete_labels), counts = packed(insert), filling = packed(fill), score = packed(scores),
+             bound = packed(bounds);
   Tensor out_tokens = torch::stable::new_empty(tokens, {batch, out_width});
   Tensor out_scores = scores ? torch::stable::new_empty(*scores, {batch, out_width})
                              : allocate(tokens, {0}, aoti_torch_dtype_float32());
@@ -212,6 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edits_op(const Tensor& tokens, 
       arguments.insert = counts ? counts->const_data_ptr<int64_t>() : nullptr;
       arguments.fill = filling ? filling->const_data_ptr<Id>() : nullptr;
       arguments.scores = score ? static_cast<const Score*>(score->data_ptr()) : nullptr;
+      arguments.bounds = bound ? bound->const_data_ptr<int64_t>() : nullptr;
       arguments.width = width;
       arguments.out_width = out_width;
       arguments.pad_id = pad_id;

@@ -104,13 +104,16 @@ void compare_apply_edits(int64_t rows, int64_t width, int64_t out_width, int64_t
     return Result{std::vector<Id>(rows * out_width, -7), std::vector<uint16_t>(rows * out_width, 7),
                   std::vector<int64_t>(rows, -7), std::vector<int64_t>(rows * out_width, -7)};
   };
-  for (int parts = 0; parts < 8; ++parts) {
+  std::vector<int64_t> bounds(rows);
+  std::generate(bounds.begin(), bounds.end(), [&] { return below(random, 2 * width); });
+  for (int parts = 0; parts < 16; ++parts) {
     auto arguments = [&](Result& result) {
       return ApplyArguments<Id, uint16_t>{pairs.tokens.data(),
                                           parts & 1 ? deleted.get() : nullptr,
                                           parts & 2 ? counts.data() : nullptr,
                                           parts & 4 ? fill.data() : nullptr,
                                           scores.data(),
+                                          parts & 8 ? bounds.data() : nullptr,
                                           width,
                                           out_width,
                                           kPad,

@@ -58,6 +58,8 @@ def test_messages():
         (ValueError, r"insert must have shape .*; got \[1, 3\]", lambda: apply_edits(x, insert=x, **IDS)),
         (ValueError, r"fill must have shape .*; got \[1, 2\]", lambda: apply_edits(x, fill=x[:, :2], **IDS)),
         (ValueError, "scores must be .*; got int64", lambda: apply_edits(x, scores=x, **IDS)),
+        (ValueError, "bounds must be int64; got int32", lambda: apply_edits(x, bounds=x[:, 0].int(), **IDS)),
+        (ValueError, r"bounds must have shape \[B\].*; got \[2\]", lambda: apply_edits(x, bounds=x[0, :2], **IDS)),
         (
             ValueError,
             r"mask_id must be in \[-2147483648, 2147483647\]; got 1099511627776",
@@ -104,7 +106,7 @@ def test_opcheck(device):
     for all_pairs in (False, True):
         torch.library.opcheck(ops.edit_distance.default, (tokens, target, PAD, True, all_pairs))
     for scores in (None, tokens.float()):
-        arguments = (tokens, labels.delete, labels.insert, None, scores, PAD, BOS, EOS, MASK, 6)
+        arguments = (tokens, labels.delete, labels.insert, None, scores, PAD, BOS, EOS, MASK, 6, labels.distance)
         torch.library.opcheck(ops.apply_edits.default, arguments)
 
 

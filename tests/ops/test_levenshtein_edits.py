@@ -122,3 +122,22 @@ def test_tensors_are_carried_along(device, impl):
     assert not apply_edits(tokens, delete=delete, scores=scores, **IDS, impl=impl).scores.requires_grad
     empty = apply_edits(tokens[:, :0], max_length=4, insert=insert[:, :0], carried=(hidden[:, :0],), **IDS, impl=impl)
     assert empty.carried[0].shape == (2, 4, 3, 2) and not empty.carried[0].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bounds_hold_placeholders_back_and_never_tokens(device, impl):
+    tokens = batch([[BOS, 10, 11, EOS]] * 6, device=device)
+    insert = torch.tensor([[1, 2, 1]] * 6, device=device)
+    bounds = torch.tensor([-1, 3, 4, 6, 8, 2**62], device=device)
+    wanted = [
+        *[[BOS, 10, 11, EOS]] * 3,
+        [BOS, MASK, 10, MASK, 11, EOS],
+        *[[BOS, MASK, 10, MASK, MASK, 11, MASK, EOS]] * 2,
+    ]
+    for max_length in (None, 9, 7):
+        got = apply_edits(tokens, insert=insert, bounds=bounds, max_length=max_length, **IDS, impl=impl)
+        rows = [row if len(row) <= 7 or max_length != 7 else [*row[:6], EOS] for row in wanted]
+        assert [row[: row.index(EOS) + 1] for row in got.tokens.tolist()] == rows
+        assert got.lengths.tolist() == list(map(len, rows)) and got.tokens.shape[1] == (max_length or 8)
+    kept = apply_edits(tokens, bounds=bounds.clamp(max=3), **IDS, impl=impl)
+    assert torch.equal(kept.tokens, tokens)

@@ -10,12 +10,13 @@ from torch import Tensor
 from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number, check_tensor, check_token_ids
 from condgen_fast.ops.levenshtein import reference
-from condgen_fast.ops.levenshtein.op import IMPLS, check_id
+from condgen_fast.ops.levenshtein.op import ID_LIMITS, IMPLS, check_id
 from condgen_fast.ops.levenshtein.reference import AppliedEdits
 
 __all__ = ["AppliedEdits", "apply_edits"]
 
 _MOST_INSERTED = 2**31  # a row longer than that is a mistake, and sums of larger counts could overflow
+_BOOL, _INT64 = (torch.bool,), (torch.int64,)
 _SCORE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -30,6 +31,7 @@ def apply_edits(
     eos_id: int,
     mask_id: int,
     max_length: int | None = None,
+    bounds: Tensor | None = None,  # [B]
     scores: Tensor | None = None,  # [B, S]
     carried: Sequence[Tensor] = (),  # [B, S, ...] each
     impl: str = "auto",
@@ -46,6 +48,8 @@ def apply_edits(
         pad_id, bos_id, eos_id, mask_id: ``pad_id`` differs from the other three.
         max_length: at least 2; no row becomes longer, bos and eos counted. The placeholders furthest right give way
             first; if the tokens that stay are too many by themselves, the first ``max_length - 1`` and the last remain.
+        bounds: [B] int64; placeholders lengthen row b to ``bounds[b]`` at most, those furthest right giving way first.
+            Tokens never give way to it, and where it is less than what stays, nothing is inserted.
         scores: [B, S] float; each score moves with its token. No gradient flows through them.
         carried: any other tensors per token, [B, S, ...] of any dtype: alignments, hidden states, birth iterations.
             Each row moves with its token. Gradients flow.
@@ -66,23 +70,12 @@ def apply_edits(
     ``mask_id`` between, then ``torch.where(tokens == mask_id, fill, tokens)`` (the three actions of the Levenshtein
     Transformer, Gu et al. 2019, arXiv:1905.11006, section 3.1).
     """
+    if not _fits(tokens, delete, insert, scores, bounds, (pad_id, bos_id, eos_id, mask_id), max_length):
+        _check(tokens, delete, insert, scores, bounds, (pad_id, bos_id, eos_id, mask_id), max_length)
     check_choice(impl, "impl", IMPLS)
-    sizes = check_token_ids(tokens, "tokens", shape="B S")
-    batch, width = sizes["B"], sizes["S"]
-    for value, name in ((pad_id, "pad_id"), (bos_id, "bos_id"), (eos_id, "eos_id"), (mask_id, "mask_id")):
-        check_id(value, name, tokens.dtype)
-        if value == pad_id and name != "pad_id":
-            raise ValueError(f"{name} must differ from pad_id; got {value} for both")
-    if max_length is not None:
-        check_number(max_length, "max_length", minimum=2, integer=True)
-    if delete is not None:
-        check_tensor(delete, "delete", shape="B S", dtypes=(torch.bool,), device=tokens.device, sizes=sizes)
-    if insert is not None:
-        slots = {"B": batch, "S-1": max(width - 1, 0)}
-        check_tensor(insert, "insert", shape="B S-1", dtypes=(torch.int64,), device=tokens.device, sizes=slots)
-    if scores is not None:
-        check_tensor(scores, "scores", shape="B S", dtypes=_SCORE_DTYPES, device=tokens.device, sizes=sizes)
-        scores = scores.detach() if scores.requires_grad else scores
+    batch, width = tokens.shape
+    if scores is not None and scores.requires_grad:
+        scores = scores.detach()
     if not isinstance(carried, Sequence):  # a Tensor is none
         raise TypeError(f"carried must be a sequence of Tensors; got {type(carried).__name__}")
     for k, values in enumerate(carried):
@@ -102,21 +95,81 @@ def apply_edits(
     elif max_length is not None:
         width = max_length
     elif batch > 0:
-        width = _longest_result(tokens, delete, insert, pad_id, bos_id, eos_id)
+        width = _longest_result(tokens, delete, insert, bounds, pad_id, bos_id, eos_id)
     if fill is not None:
         wanted = {"B": batch, "W": width}
         check_tensor(fill, "fill", shape="B W", dtypes=(tokens.dtype,), device=tokens.device, sizes=wanted)
 
     if impl == "reference":
         return reference.apply_edits(
-            tokens, delete, insert, fill, scores, carried,
+            tokens, delete, insert, fill, scores, bounds, carried,
             pad_id=pad_id, bos_id=bos_id, eos_id=eos_id, mask_id=mask_id, width=width,
         )  # fmt: skip
     out = torch.ops.condgen_fast.apply_edits(
-        tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width
+        tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, bounds
     )
     moved = tuple(_move(values, out[3]) for values in carried)
     return AppliedEdits(out[0], None if scores is None else out[1], out[2], out[3], moved)
+
+
+def _fits(
+    tokens: Tensor,
+    delete: Tensor | None,
+    insert: Tensor | None,
+    scores: Tensor | None,
+    bounds: Tensor | None,
+    ids: tuple[int, ...],
+    max_length: int | None,
+) -> bool:
+    """Whether `_check` would find nothing, in less time than a short row's edits take."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in ID_LIMITS or tokens.dim() != 2:
+        return False
+    batch, width = tokens.shape
+    for value, shape, dtypes in (
+        (delete, (batch, width), _BOOL),
+        (insert, (batch, max(width - 1, 0)), _INT64),
+        (scores, (batch, width), _SCORE_DTYPES),
+        (bounds, (batch,), _INT64),
+    ):
+        if value is not None and not (
+            isinstance(value, Tensor)
+            and value.shape == shape
+            and value.dtype in dtypes
+            and value.device == tokens.device
+        ):
+            return False
+    limit, pad_id = ID_LIMITS[tokens.dtype], ids[0]
+    if not all(type(value) is int and abs(value) <= limit for value in ids) or pad_id in ids[1:]:
+        return False
+    return max_length is None or (type(max_length) is int and max_length >= 2)
+
+
+def _check(
+    tokens: Tensor,
+    delete: Tensor | None,
+    insert: Tensor | None,
+    scores: Tensor | None,
+    bounds: Tensor | None,
+    ids: tuple[int, ...],
+    max_length: int | None,
+) -> None:
+    sizes = check_token_ids(tokens, "tokens", shape="B S")
+    batch, width = sizes["B"], sizes["S"]
+    for value, name in zip(ids, ("pad_id", "bos_id", "eos_id", "mask_id"), strict=True):
+        check_id(value, name, tokens.dtype)
+        if value == ids[0] and name != "pad_id":
+            raise ValueError(f"{name} must differ from pad_id; got {value} for both")
+    if max_length is not None:
+        check_number(max_length, "max_length", minimum=2, integer=True)
+    if delete is not None:
+        check_tensor(delete, "delete", shape="B S", dtypes=_BOOL, device=tokens.device, sizes=sizes)
+    if insert is not None:
+        slots = {"B": batch, "S-1": max(width - 1, 0)}
+        check_tensor(insert, "insert", shape="B S-1", dtypes=_INT64, device=tokens.device, sizes=slots)
+    if scores is not None:
+        check_tensor(scores, "scores", shape="B S", dtypes=_SCORE_DTYPES, device=tokens.device, sizes=sizes)
+    if bounds is not None:
+        check_tensor(bounds, "bounds", shape="B", dtypes=_INT64, device=tokens.device, sizes=sizes)
 
 
 def _move(values: Tensor, origin: Tensor) -> Tensor:
@@ -130,21 +183,30 @@ def _move(values: Tensor, origin: Tensor) -> Tensor:
 
 
 def _longest_result(
-    tokens: Tensor, delete: Tensor | None, insert: Tensor, pad_id: int, bos_id: int, eos_id: int
+    tokens: Tensor,
+    delete: Tensor | None,
+    insert: Tensor,
+    bounds: Tensor | None,
+    pad_id: int,
+    bos_id: int,
+    eos_id: int,
 ) -> int:
     keep = tokens != pad_id
     if delete is not None:
         keep &= ~delete | (tokens == bos_id) | (tokens == eos_id)
     kept = keep.sum(1)
     in_use = torch.arange(insert.shape[1], device=insert.device) < kept[:, None] - 1
-    longest = int((kept + (insert.clamp(0, _MOST_INSERTED) * in_use).sum(1)).max())
+    lengths = kept + (insert.clamp(0, _MOST_INSERTED) * in_use).sum(1)
+    if bounds is not None:
+        lengths = lengths.minimum(bounds.maximum(kept))
+    longest = int(lengths.max())
     if longest > _MOST_INSERTED:
         raise ValueError(f"insert must ask for fewer than {_MOST_INSERTED} tokens a row; got {longest}")
     return longest
 
 
 @_library.register_fake("apply_edits")
-def _(tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width):
+def _(tokens, delete, insert, fill, scores, pad_id, bos_id, eos_id, mask_id, width, bounds=None):
     batch = tokens.shape[0]
     return (
         tokens.new_empty((batch, width)),

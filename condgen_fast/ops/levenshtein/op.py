@@ -15,7 +15,7 @@ __all__ = ["EditAlignment", "EditLabels", "edit_alignment", "edit_distance", "ed
 IMPLS = ("auto", "reference")
 _SLOTS = ("kept", "source")
 _COSTS = ("levenshtein", "indel")
-_ID_LIMITS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1}
+ID_LIMITS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1}
 
 
 def edit_oracle(
@@ -158,13 +158,13 @@ def _check_pair(
     if (
         isinstance(first, Tensor)
         and isinstance(second, Tensor)
-        and first.dtype in _ID_LIMITS
+        and first.dtype in ID_LIMITS
         and first.dtype == second.dtype
         and first.dim() == second.dim() == 2
         and (first.shape[0] == second.shape[0] or not row_by_row)
         and first.device == second.device
         and type(pad_id) is int
-        and abs(pad_id) <= _ID_LIMITS[first.dtype]
+        and abs(pad_id) <= ID_LIMITS[first.dtype]
     ):
         return
     batch = check_token_ids(first, first_name, shape="B S")["B"]

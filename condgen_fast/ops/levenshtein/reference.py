@@ -163,6 +163,7 @@ def apply_edits(
     insert: Tensor | None,
     fill: Tensor | None,
     scores: Tensor | None,
+    bounds: Tensor | None,
     carried: Sequence[Tensor],
     *,
     pad_id: int,
@@ -186,7 +187,7 @@ def apply_edits(
             raise ValueError(f"insert must not be negative; got {counts[slot]} in row {b}, slot {slot}")
         if len(kept) > width:
             kept = kept[: width - 1] + kept[-1:]
-        room = width - len(kept)
+        room = max((width if bounds is None else min(width, int(bounds[b]))) - len(kept), 0)
         canvas = []  # positions in the row, -1 for a placeholder
         for i, count in zip(kept, counts, strict=False):
             canvas += [i] + [-1] * min(count, room)
