@@ -307,6 +307,7 @@ class BlockDiffusion:
             scores=mean_log_prob(log_probs, blank & real)[:, None],
             token_log_probs=torch.where(scored, log_probs.gather(1, index), 0.0)[:, None],
             iterations=passes,
+            ended=ended[:, None],
             trace=recorder.traces(list(range(len(tokens))), passes.tolist()) if recorder else None,
         )
 

@@ -128,4 +128,5 @@ def hypotheses_of(
         scores=finished.scores.contiguous(),
         token_log_probs=log_probs.contiguous(),
         iterations=iterations,
+        ended=ended,
     )

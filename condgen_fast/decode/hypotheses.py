@@ -19,6 +19,8 @@ class Hypotheses:
                      length 0 and score -inf
     token_log_probs  [B, n, L+1] float32, log-probability of each token; that of eos stands after the last token,
                      0 beyond
+    ended            [B, n] bool, whether eos follows the last token: everywhere (None stands for that), but for what a
+                     beam search with `compat` has cut at the limit, and canvases of block diffusion without eos
     iterations       [B] int64, rounds that ran for the sentence (steps, for left-to-right decoding)
     trace            what the strategy did to each sentence, round by round (`condgen_fast.decode.trace`); None unless
                      it was asked for
@@ -31,8 +33,13 @@ class Hypotheses:
     scores: Tensor
     token_log_probs: Tensor
     iterations: Tensor
+    ended: Tensor | None = None
     trace: Any = None
     lattice: Any = None
+
+    def __post_init__(self) -> None:
+        if self.ended is None:
+            object.__setattr__(self, "ended", torch.ones_like(self.lengths, dtype=torch.bool))
 
     def to_lists(self) -> list[list[list[int]]]:
         """Token ids as lists: sentence, hypothesis, token."""

@@ -20,8 +20,9 @@ class Rescored:
 
     The `n_best` hypotheses of `strategy` are read by `teacher` in one batch, and `Hypotheses.scores` and
     `token_log_probs` are the teacher's: the sum of log-probabilities, eos included, over length ** length_penalty,
-    length counting eos. Ties keep the order of `strategy`; hypotheses that it counts as none (score -inf) stay last.
-    A trace, asked for by the option of `strategy`, remains that of the hypothesis which that found best.
+    length counting eos where there is one. Ties keep the order of `strategy`; hypotheses that it counts as none (score
+    -inf) stay last. A trace, asked for by the option of `strategy`, remains that of the hypothesis which that found
+    best.
 
         decode(cmlm, source, Rescored(MaskPredict(n_best=5), teacher))
 
@@ -61,10 +62,9 @@ class Rescored:
                 )
         found = _traced(self.strategy.run(model, source, source_lengths), model, self.strategy)
         with _eval_mode(self.teacher):
-            # -1: every candidate ends with eos, which score() knows by its log-probability
-            ended = replace(found, token_log_probs=torch.full_like(found.token_log_probs, -1.0))
-            log_probs = score(self.teacher, source, ended, source_lengths=source_lengths)
-        scores = log_probs.double().sum(2) / (found.lengths + 1).double() ** self.length_penalty
+            log_probs = score(self.teacher, source, found, source_lengths=source_lengths)
+        counted = (found.lengths + found.ended.long()).clamp(min=1).double()
+        scores = log_probs.double().sum(2) / counted**self.length_penalty
         scores = scores.float().masked_fill(found.scores == -torch.inf, -torch.inf)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, : self.n_best], order[:, : self.n_best]
@@ -80,4 +80,5 @@ class Rescored:
             lengths=lengths,
             scores=scores,
             token_log_probs=reordered(log_probs)[..., : longest + 1],
+            ended=found.ended.gather(1, order),
         )

@@ -22,7 +22,7 @@ def score(
 
     Each token's stands at its place, eos's after the last, 0 beyond, as in `Hypotheses.token_log_probs`, whose values
     these are (but for what a search adds: a repetition penalty). `.sum(-1)` is the log-probability of each hypothesis,
-    0 for one that is none (score -inf). A hypothesis that its search has cut has no eos. Modes and gradients are the
+    0 for one that is none (score -inf). One that is not `ended` has no eos. Modes and gradients are the
     caller's: nothing is put in eval mode, and under `torch.no_grad()` nothing is recorded.
 
     A model with `force(target [B, n, T], memory) -> logits [B, n, T, V]`, the logits that follow each token of the
@@ -44,9 +44,7 @@ def score(
         return torch.zeros(0, n, width + 1, device=tokens.device)
     places = torch.arange(width + 1, device=tokens.device)
     last = lengths[..., None]
-    # eos always costs something, unless the model is certain of it
-    has_end = hypotheses.token_log_probs.gather(2, last) != 0
-    counts = ((places < last) | ((places == last) & has_end)) & (hypotheses.scores > -torch.inf)[..., None]
+    counts = (places < last + hypotheses.ended[..., None].long()) & (hypotheses.scores > -torch.inf)[..., None]
     padded = torch.nn.functional.pad(tokens, (0, 1), value=model.pad_id)
     targets = torch.where(places == last, model.eos_id, padded)
     inputs = torch.cat([torch.full_like(targets[..., :1], model.bos_id), targets[..., :-1]], 2)

@@ -240,6 +240,7 @@ def test_finished_sentences_leave():
     model = ScriptedLM(lambda canvas: [(EOS, 0.9) if canvas[0] == 6 else (7, 0.5)] * len(canvas))
     result = decode(model, [[6], [6], [6], [5]], BlockDiffusion(max_length=8, block_length=4, policy="quota"))
     assert result.lengths.flatten().tolist() == [0, 0, 0, 8] and result.iterations.tolist() == [1, 1, 1, 8]
+    assert result.ended.flatten().tolist() == [True, True, True, False]
     assert model.rows == [4] + [1] * 7
 
 

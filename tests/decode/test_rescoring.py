@@ -64,6 +64,16 @@ def test_beam_search_rescored_by_its_own_model_keeps_its_order():
     torch.testing.assert_close(again.token_log_probs, beam.token_log_probs)
 
 
+def test_candidates_that_were_cut_are_scored_without_eos():
+    model, source = transformer(), [[5, 6, 7], [8, 9]]
+    inner = BeamSearch(beam_size=4, n_best=4, max_length=3, compat="hf", banned=(model.pad_id, model.bos_id))
+    beam = decode(model, source, inner)
+    assert beam.ended.any() and not beam.ended.all()
+    again = decode(model, source, Rescored(inner, model, n_best=4))
+    assert again.to_lists() == beam.to_lists() and torch.equal(again.ended, beam.ended)
+    torch.testing.assert_close(again.scores, beam.scores)
+
+
 def test_what_is_no_candidate_stays_last_and_a_teacher_in_training_mode_comes_back():
     model = ScriptedModel(VOCAB, fill=lambda s, c: [(FIRST, 0.5)] * len(c), lengths=lambda s: {2: 1.0})
     teacher = transformer().train()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import TableModel, random_table
 
-from condgen_fast.decode import BeamSearch, adapt, decode, score
+from condgen_fast.decode import BeamSearch, Hypotheses, adapt, decode, score
 from condgen_fast.models.layers import TransformerConfig
 from condgen_fast.models.transformer import Transformer
 
@@ -63,6 +65,24 @@ def test_step_by_step_models_cut_hypotheses_and_none():
         table[1, :, :] = -torch.inf
     none = decode(model, source, BeamSearch(beam_size=2))
     assert none.scores[1, 0] == -torch.inf and (score(model, source, none)[1] == 0).all()
+
+
+def test_eos_counts_where_a_hypothesis_has_ended():
+    """Whoever found it: one that is certain of eos, or reports no probability of it, as LevT does."""
+    model = TableModel(random_table(6, 499, 9, seed=3, eos_bias=1.0))
+    source = [[s] for s in range(6)]
+    found = decode(model, source, BeamSearch(beam_size=4, n_best=2, max_length=4))
+    assert found.ended.dtype == torch.bool and found.ended.all()
+    certain = replace(found, token_log_probs=torch.zeros_like(found.token_log_probs))
+    torch.testing.assert_close(score(model, source, certain), found.token_log_probs, rtol=1e-5, atol=1e-5)
+    by_hand = Hypotheses(found.tokens, found.lengths, found.scores, certain.token_log_probs, found.iterations)
+    assert torch.equal(score(model, source, by_hand), score(model, source, found))
+
+    cut = decode(model, source, BeamSearch(beam_size=4, n_best=2, compat="hf", max_length=3, banned=(0,)))
+    assert cut.ended.any() and not cut.ended.all()
+    assert torch.equal(cut.ended, cut.lengths < 3)
+    of_eos = cut.token_log_probs.gather(2, cut.lengths[..., None])[..., 0]
+    assert torch.equal(of_eos != 0, cut.ended)
 
 
 def test_hugging_face_models():
