@@ -94,6 +94,11 @@ class Embedding(nn.Module):
             )
         return self.dropout(self.tokens(tokens) * self.scale + self.positions[start:end])
 
+    def at(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """tokens [R], all at `position` [1], which the host does not know and nobody checks -> [R, D]."""
+        positions = self.positions.index_select(0, position)
+        return self.dropout(torch.add(positions, self.tokens(tokens), alpha=self.scale))
+
 
 def sinusoids(length: int, width: int) -> Tensor:
     """Sinusoidal positions [length, width] (Vaswani 2017, section 3.5), sines in the first half of the width."""
