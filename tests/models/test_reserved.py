@@ -13,7 +13,6 @@ from condgen_fast.models.layers import TransformerConfig
 from condgen_fast.models.reserved import ReservedState
 from condgen_fast.models.transformer import Transformer, TransformerState
 
-
 SMALL = {"vocab_size": 61, "width": 24, "feed_forward": 50, "encoder_layers": 2, "decoder_layers": 2, "heads": 3}
 
 
