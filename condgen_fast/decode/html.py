@@ -74,6 +74,8 @@ def page(examples: Sequence[Example], *, title: str = "Decoding, step by step", 
             '<span class="token mask"></span> mask',
             '<span class="token mask inserted"></span> mask inserted',
             '<span class="token given">given</span>',
+            '<span class="edge"></span> begin, end',
+            '<span class="edge written"></span> end written or committed',
         )
     )
     return f"""<!doctype html>
@@ -122,9 +124,9 @@ value="{first}"></label></div>
 
 def _run(run: Run) -> str:
     rounds = []
-    post_edited = any(step.operation == "start" for step in run.trace.steps)
-    for iteration, steps in itertools.groupby(run.trace.steps, key=lambda step: step.iteration):
-        lines = "".join(_step(step, run, post_edited) for step in steps)
+    shown = zip(run.trace.steps, _given(run.trace.steps), strict=True)
+    for iteration, steps in itertools.groupby(shown, key=lambda pair: pair[0].iteration):
+        lines = "".join(_step(step, run, flags) for step, flags in steps)
         heading = f"Round {iteration}" if iteration else "Start"
         rounds.append(f'<li class="round" data-round="{iteration}"><h4>{heading}</h4>{lines}</li>\n')
     count = run.trace.iterations
@@ -138,17 +140,44 @@ def _run(run: Run) -> str:
 """
 
 
-def _step(step: Step, run: Run, post_edited: bool) -> str:
+def _given(steps: Sequence[Step]) -> list[list[bool]]:
+    """Of each step, which of the tokens that it shows stand there since "start": no model has written them."""
+    shown, canvases = [], {}
+    now: list[bool] = []  # of the canvas that the next step finds
+    for step in steps:
+        tokens, touched = step.tokens, step.touched
+        before = iter(now)
+        if step.operation == "start":
+            now = touched
+        elif step.operation in ("predict", "rewrite"):  # also what they leave as it is
+            now = [False] * len(tokens)
+        elif step.operation == "restore":
+            now = canvases.get(tuple(tokens), [False] * len(tokens))
+        elif step.operation in ("insert", "put"):
+            now = [not new and next(before, False) for new in touched]
+        elif step.operation in ("mask", "delete"):  # these show the canvas as they find it
+            now = [next(before, False) for _ in tokens]
+        else:
+            now = [next(before, False) and not new for new in touched]
+        shown.append(now)
+        if step.operation == "delete":
+            now, tokens = ([x for x, gone in zip(row, touched, strict=True) if not gone] for row in (now, tokens))
+        canvases[tuple(tokens)] = now
+    return shown
+
+
+def _step(step: Step, run: Run, given: list[bool]) -> str:
     verb, mark = OPERATIONS.get(step.operation, (step.operation, "written"))
     touched = sum(step.touched)
     count = f" {touched}" if step.operation in COUNTED else ""
     tokens = []
-    for token, log_prob, flag in zip(step.tokens, step.log_probs, step.touched, strict=True):
+    for token, log_prob, flag, unwritten in zip(step.tokens, step.log_probs, step.touched, given, strict=True):
         classes = ["token"]
         probability = math.exp(log_prob)
         if token in (run.trace.bos_id, run.trace.eos_id):
-            # bos and eos have no probability of their own, except where a strategy writes eos.
-            tokens.append(f' <span class="edge{" " + mark if flag else ""}"></span>')
+            # Nobody predicts bos, nor eos unless a strategy writes it.
+            title = "begin" if token == run.trace.bos_id else f"end, p = {probability:.3f}" if flag else "end"
+            tokens.append(f'<span class="edge{" " + mark if flag else ""}" title="{title}"></span>')
             continue
         title = f"p = {probability:.3f}"
         if token == run.trace.mask_id:
@@ -158,7 +187,7 @@ def _step(step: Step, run: Run, post_edited: bool) -> str:
             text = run.token_text(token)
             gap = " " if text.startswith("▁") else ""
             text = text.removeprefix("▁") or "␣"
-            if post_edited and log_prob == 0.0:
+            if unwritten:
                 classes.append("given")
                 title = "given"
             else:

@@ -57,9 +57,12 @@ kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .3rem; ba
   vertical-align: top; margin-bottom: .35rem; }
 .token sub { display: none; font-size: .62rem; line-height: 1; opacity: .8; }
 .numbers .token sub { display: block; padding-bottom: .3rem; }
-.numbers .step .token.mask { padding-bottom: 1.05em; }
+.numbers .step .token:is(.mask, .given) { padding-bottom: 1em; }
 .edge { display: inline-block; width: 3px; height: 1.3rem; border-radius: 2px; background: var(--line);
-  vertical-align: top; margin-top: .2rem; }
+  vertical-align: top; margin: .2rem .3rem 0; }
+.edge:first-child { margin: .2rem .15rem 0 0; }
+.step .edge:last-child { margin-right: -.7rem; /* takes no room: no line of it alone */ }
+.legend .edge { height: 1em; }
 .edge.written, .edge.committed { background: var(--now); width: 5px; }
 .p0 { background: var(--p0); } .p1 { background: var(--p1); } .p2 { background: var(--p2); }
 .p3 { background: var(--p3); } .p4 { background: var(--p4); }

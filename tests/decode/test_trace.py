@@ -164,13 +164,54 @@ def test_the_page_marks_what_was_committed_put_and_rewritten():
         Step(1, "commit", [7, 8, MASK], [0.0, -0.1, 0.0], [False, True, False]),
         Step(2, "put", [7, 9, 8], [0.0, -0.1, -0.1], [False, True, False]),
         Step(3, "rewrite", [7, 6, 8], [0.0, -0.1, -0.1], [False, True, False]),
+        Step(4, "commit", [7, EOS, EOS], [0.0, 0.0, -0.1], [False, False, True]),
     ]
     text = page([Example("s", [Run("lm", Trace(steps, 3, BOS, EOS, MASK), str, detail="a < b")])])
     body = text[text.index("<main>") : text.index("</main>")]
     for word, mark in (("commits", "committed"), ("inserts", "inserted"), ("predicts all anew, changes", "written")):
         assert f"{word} 1</span>" in body and len(re.findall(rf'class="token p4 {mark}"', body)) == 1
+    assert '<span class="edge" title="end">' in body and '<span class="edge committed" title="end, p = 0.905">' in body
     assert "a &lt; b" in body and body.count("token mask") == 2 + 1
     assert 'min="0" max="3"\nvalue="0"' in body
+
+
+def test_given_is_what_no_model_wrote_however_certain_it_was():
+    start = Step(0, "start", [BOS, 7, 8, 9, EOS], [0.0] * 5, [False, True, True, True, False])
+    certain = [0.0] * 5
+    steps = [
+        start,
+        Step(1, "delete", [BOS, 7, 8, 9, EOS], certain, [False, False, True, False, False]),
+        Step(1, "insert", [BOS, MASK, 7, 9, EOS], certain, [False, True, False, False, False]),
+        Step(1, "fill", [BOS, 6, 7, 9, EOS], certain, [False, True, False, False, False]),
+        Step(2, "put", [BOS, 6, 7, 5, 9, EOS], [0.0] * 6, [False] * 3 + [True] + [False] * 2),
+        Step(3, "restore", [BOS, 6, 7, 9, EOS], certain, [True] * 5),
+        Step(3, "result", [BOS, 6, 7, 9, EOS], certain, [False] * 5),
+    ]
+
+    def drawn(steps):
+        lines = page([Example("s", [Run("r", Trace(steps, 3, BOS, EOS, MASK), str)])]).split('<div class="step">')[1:]
+        return [re.findall(r'title="(given|p = 1.000)"[^>]*>(\d)', line) for line in lines]
+
+    given, sure = "given", "p = 1.000"
+    edited = [(sure, "6"), (given, "7"), (given, "9")]
+    assert drawn(steps) == [
+        [(given, "7"), (given, "8"), (given, "9")],
+        [(given, "7"), (given, "8"), (given, "9")],
+        [(given, "7"), (given, "9")],
+        edited,
+        [(sure, "6"), (given, "7"), (sure, "5"), (given, "9")],
+        edited,
+        edited,
+    ]
+    # a model that predicts all anew has written also what it did not change
+    rewritten = Step(1, "rewrite", [BOS, 7, 6, 9, EOS], certain, [False, False, True, False, False])
+    assert drawn([start, rewritten])[1] == [(sure, "7"), (sure, "6"), (sure, "9")]
+    masked = Step(1, "mask", [BOS, 7, 8, 9, EOS], certain, [False, False, True, False, False])
+    filled = Step(1, "fill", [BOS, 7, 8, 9, EOS], certain, [False, False, True, False, False])
+    assert drawn([start, masked, filled])[1:] == [
+        [(given, "7"), (given, "8"), (given, "9")],
+        [(given, "7"), (sure, "8"), (given, "9")],
+    ]
 
 
 def test_the_page_is_self_contained():
