@@ -24,8 +24,8 @@ def adapt(
 ) -> HuggingFaceModel | HuggingFaceMaskedModel:
     """A `transformers` model as one that strategies decode; its weights stay where they are.
 
-    An encoder-decoder with a language-model head (Marian, T5, BART) becomes a `StepModel`; with `mask_id`, a masked
-    language model without decoder (BERT, RoBERTa, ModernBERT) becomes a `MaskedModel`.
+    An encoder-decoder with a language-model head (Marian, T5, BART, T5Gemma, NLLB-MoE, Switch, ProphetNet) becomes a
+    `StepModel`; with `mask_id`, a masked language model without decoder (BERT, RoBERTa, ModernBERT) a `MaskedModel`.
 
     forced_bos_id  the token that every target begins with (a language code, say); by default the model's own
                    `forced_bos_token_id`. As in `generate`, it costs nothing, and it stands first in the hypotheses.
@@ -39,6 +39,7 @@ def adapt(
     configuration is read: beam size, lengths and penalties are options of the strategy.
     Keys and values of the source are held once a sentence where the decoder attends by torch's attention ("sdpa", the
     default of Marian, BART, T5 and most others), once a beam where it was loaded with another; neither is reordered.
+    Steps are not captured in a CUDA graph (there is no `reserve`): the caches grow with every token.
 
     Raises TypeError if the model is no encoder-decoder and there is no `mask_id`, ValueError where it does not have
     an eos id, one pad id and one decoder start id.
@@ -56,6 +57,7 @@ def adapt(
 class _Memory:
     hidden: Tensor  # [B, S, D]
     mask: Tensor  # [B, S] int64, 1 inside the sentence
+    output: type  # what the encoder puts its result into
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,14 @@ class HuggingFaceModel(nn.Module):
             )
         positions = torch.arange(source.shape[1], device=source.device)
         mask = (positions < source_lengths[:, None]).long()
-        hidden = self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True).last_hidden_state
-        return _Memory(hidden, mask)
+        output = self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True)
+        return _Memory(output.last_hidden_state, mask, type(output))
 
     def force(self, target: Tensor, memory: _Memory) -> Tensor:
         """Logits [B, n, T, V] that follow each token of the targets [B, n, T] (the start first)."""
         B, n, T = target.shape
         output = self.model(
-            encoder_outputs=(memory.hidden.repeat_interleave(n, 0),),
+            encoder_outputs=memory.output(last_hidden_state=memory.hidden.repeat_interleave(n, 0)),
             attention_mask=memory.mask.repeat_interleave(n, 0),
             decoder_input_ids=target.view(B * n, T),
             use_cache=False,
@@ -161,7 +163,7 @@ class HuggingFaceModel(nn.Module):
         if state.cache is None:
             # All hypotheses are still equal: one row a sentence goes through the decoder, then the self-attention cache
             # is copied per beam, once. From here on only it is ever moved.
-            logits, cache = self._decode(tokens[:, :1], state.memory.hidden, state.memory.mask, None)
+            logits, cache = self._decode(tokens[:, :1], state.memory, None)
             cache.self_attention_cache.batch_repeat_interleave(K)
             if self._shares_source():
                 for layer in cache.cross_attention_cache.layers:
@@ -175,15 +177,15 @@ class HuggingFaceModel(nn.Module):
         else:
             # The keys and values of the source are cached, so only the shape of the hidden states is looked at.
             hidden = state.memory.hidden[:1].expand(B * K, -1, -1)
-            mask = state.memory.mask.repeat_interleave(K, 0)
-            logits, cache = self._decode(tokens.reshape(B * K, 1), hidden, mask, state.cache)
+            memory = replace(state.memory, hidden=hidden, mask=state.memory.mask.repeat_interleave(K, 0))
+            logits, cache = self._decode(tokens.reshape(B * K, 1), memory, state.cache)
             logits = logits.view(B, K, -1)
         return logits, replace(state, cache=cache)
 
-    def _decode(self, tokens: Tensor, hidden: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _decode(self, tokens: Tensor, memory: _Memory, cache: Any) -> tuple[Tensor, Any]:
         output = self.model(
-            encoder_outputs=(hidden,),
-            attention_mask=mask,
+            encoder_outputs=memory.output(last_hidden_state=memory.hidden),
+            attention_mask=memory.mask,
             decoder_input_ids=tokens,
             past_key_values=cache,
             use_cache=True,
@@ -205,7 +207,7 @@ class HuggingFaceModel(nn.Module):
         beam_rows = (rows[:, None] * state.beam_size + beams).reshape(-1)
         state.cache.self_attention_cache.batch_select_indices(beam_rows)
         state.cache.cross_attention_cache.batch_select_indices(rows if self._shares_source() else beam_rows)
-        memory = _Memory(state.memory.hidden[rows], state.memory.mask[rows])
+        memory = replace(state.memory, hidden=state.memory.hidden[rows], mask=state.memory.mask[rows])
         return replace(state, memory=memory)
 
 
