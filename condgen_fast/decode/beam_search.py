@@ -6,31 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
-from condgen_fast.decode.candidates import Candidates, StochasticBeams, best, sampled, without_replacement
-from condgen_fast.decode.constraints import Constraints, Prefixes, joined, penalised, penalties
-from condgen_fast.decode.finished import Finished, Lattice, hypotheses_of
+from condgen_fast.decode.candidates import StochasticBeams, best, of_groups, sampled, without_replacement
+from condgen_fast.decode.captured import Captured
+from condgen_fast.decode.constraints import Prefixes, constraints_of, joined, penalised, penalties, without
+from condgen_fast.decode.finished import Lattice, hypotheses_of
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.left_to_right import (
+    STEPS_IN_PLACE,
     Unfinished,
     check_due,
     check_lengths,
     end_ids,
-    is_any,
-    may_look,
+    longest_target,
+    may_capture,
     never_generated,
-    take,
     target_limits,
     worth_leaving,
 )
 from condgen_fast.decode.protocols import StepModel
 from condgen_fast.decode.sampling import random_keys
-from condgen_fast.decode.stopping import RULES, STOPPING, Stop, norms
+from condgen_fast.decode.stopping import RULES, STOPPING, norms
 from condgen_fast.decode.trie import Trie
-from condgen_fast.ops.beam_search import Adjustments
+from condgen_fast.ops.beam_search import BeamRules, BeamState, Candidates, beam_update
 
 _MOST_BEAMS = 65536
 
@@ -145,237 +145,136 @@ class BeamSearch:
         check_choice(self.impl, "impl", ("auto", "reference"))
 
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        B, K, G, device = source.shape[0], self.beam_size, self.groups, source.device
-        rules, k = RULES[self.compat], K // G
-        ends = end_ids(model)
-        limits = target_limits(model, source_lengths, self.max_length, self.min_length)
-        limit_steps = set(limits.tolist())
-        longest = max(limit_steps)
-        constraints, history, nodes = self._constraints(model, ends, B, device)
-        norm = self._norms(longest, device)
-        n_best = -(-self.n_best // G)  # of each group
-        wanted = max(n_best, round(self.patience * k))
-        stop = Stop(self.stopping, wanted, n_best, self.min_length, self.length_penalty >= 0)
-        choice = self._choice(source, source_lengths)
-
-        rows = torch.arange(B, device=device)  # [R] the sentences still in the batch
-        places = rows  # [B] where a sentence stands in it
-        state = model.start(model.encode(source, source_lengths), K)
-        tokens = torch.full((B, K), model.bos_id, dtype=torch.int64, device=device)
-        sums = torch.full((B, G, k), -torch.inf, device=device)
-        sums[:, :, 0] = 0.0
-        sums = sums.view(B, K)
-        ranks = choice.start(sums) if self.choose == "stochastic" else sums
-        done = torch.zeros(B * G, dtype=torch.bool, device=device)  # groups
-        topped = done  # groups of which once the best continuation of all was an end
-        iterations = torch.zeros(B, dtype=torch.int64, device=device)
-        finished = Finished.empty(B * G, wanted + (k - 1 if rules.overflow == "room" else 0), device)
-        result = finished
-        columns: list[tuple[Tensor, ...]] = []  # tokens, parents, sums, ranks, places of each step
-        unfinished = Unfinished()
-        select = getattr(model, "select", None)
-
+        search = _Search(self, model, source, source_lengths)
+        device, rows, longest = source.device, source.shape[0], search.beams.steps
+        unfinished = Unfinished(search.beams.finished_count, rows)
+        in_place = search.reserve(longest)
+        advance = Captured(search.step_and_follow, device) if in_place else search.step
         for step in range(longest):
-            length = step + 1
-            logits, state = model.step(tokens, state)
-            at_limit = limits == length if length in limit_steps else None
-            adjust, allowed, forced = constraints.lists(step, rows, history, nodes, at_limit, K)
-            if self.repetition_penalty != 1 and history.shape[2] > 0:
-                if self.compat == "hf":
-                    adjust = joined(adjust, penalties(logits, history, self.repetition_penalty))
-                else:
-                    logits = penalised(logits, history, self.repetition_penalty)
-            if rules.renormalise and adjust is not None:
-                logits, adjust = _without(logits, adjust), None
-            found = self._candidates(logits, sums, ranks, adjust, allowed, len(ends), choice, rows, step)
-            del logits  # before the next are made
-
-            finished, topped = self._finish(finished, topped, found, ends, at_limit, done, length, norm, k)
-            kept, dead = _first((found.ranks > -torch.inf) & ~is_any(found.tokens, ends), k)
-            R = rows.shape[0]
-            sums = found.sums.gather(1, kept).masked_fill(dead, -torch.inf).view(R, K)
-            ranks = found.ranks.gather(1, kept).masked_fill(dead, -torch.inf).view(R, K)
-            tokens, parents = found.tokens.gather(1, kept).view(R, K), found.parents.gather(1, kept).view(R, K)
-            columns.append((tokens, parents, sums, ranks, places))
-            if history is not None:
-                history = torch.cat([take(history, parents), tokens[:, :, None]], 2)
-            if nodes is not None:
-                before = nodes.gather(1, parents)
-                after = constraints.trie.follow(before, tokens)
-                nodes = after if forced is None else torch.where(forced[:, None], before, after)
-
-            iterations[rows] += (~done.view(R, G).all(1)).long()
-            values = ranks if self.choose == "stochastic" else sums
-            group_limits = limits.repeat_interleave(G)
-            if self.compat == "ctranslate2" and (self.length_penalty == 0 or self.normalization == "none"):
-                over = (topped & (finished.scores[:, self.n_best - 1] > -torch.inf)) | (group_limits <= length)
-            else:
-                over = stop(finished.scores, values.view(R * G, k).amax(1), length, group_limits, norm)
-            done = done | over
-            all_done = done.view(R, G).all(1)
-            left = unfinished.count(all_done, step, device, ask=check_due(step, device) or length == longest)
-            if left == 0:
+            advance()
+            ask = (step + 1) % STEPS_IN_PLACE == 0 if in_place else check_due(step, device)
+            left = unfinished.count(ask=ask)
+            if left == 0 or step + 1 == longest:
                 break
-            if left is not None and select is not None and worth_leaving(left, R):
-                stay = all_done.long().sort(stable=True).indices[:left]
-                groups = _groups_of(stay, G)
-                result = result.written(_groups_of(rows, G), finished)
-                state = select(state, stay)
-                finished, topped, done = finished.rows(groups), topped[groups], done[groups]
-                rows, limits, sums, ranks = rows[stay], limits[stay], sums[stay], ranks[stay]
-                tokens, parents = tokens[stay], parents[stay]
-                history = history if history is None else history[stay]
-                nodes = nodes if nodes is None else nodes[stay]
-                places = torch.zeros_like(places).index_copy(0, rows, torch.arange(left, device=device))
-            state = model.reorder(state, parents)
+            if left is not None and search.may_leave and worth_leaving(left, rows, at_most=0.5 if in_place else 0.75):
+                rows = left
+                search.leave(left)
+                if in_place:
+                    advance = Captured(search.step_and_follow, device)
+            if not in_place:
+                search.follow()
+        beams = search.beams
+        found = hypotheses_of(beams, self.n_best, step + 1, model.pad_id, self.impl)
+        lattice = Lattice.of(beams, step + 1).until(found.iterations) if self.keep_lattice else None
+        return replace(found, lattice=lattice)
 
-        lattice = Lattice.of_steps(columns)
-        result = result.written(_groups_of(rows, G), finished).of_groups(G)
-        found = hypotheses_of(result, self.n_best, lattice, ends, iterations, model.pad_id)
-        return replace(found, lattice=lattice.until(iterations)) if self.keep_lattice else found
-
-    def _norms(self, longest: int, device: torch.device) -> Tensor:
-        return norms(
-            "none" if self.choose == "stochastic" else self.normalization, self.length_penalty, longest, device
-        )
-
-    def _constraints(
-        self, model: Any, ends: list[int], batch: int, device: torch.device
-    ) -> tuple[Constraints, Tensor | None, Tensor | None]:
-        """The constraints, and where they begin: [B, K, t] tokens generated and [B, K] nodes of the trie."""
-        rules = RULES[self.compat]
-        banned = [] if rules.allow_specials else never_generated(model)
+    def _start(self, model: Any, ends: list[int], source: Tensor, source_lengths: Tensor) -> BeamState:
+        """The beams before the first step, and all that is asked of them."""
+        rules, k, device = RULES[self.compat], self.beam_size // self.groups, source.device
         if any(not 0 <= token < model.vocab_size for token in self.banned):
             raise ValueError(f"banned must hold ids in [0, {model.vocab_size}); got {list(self.banned)}")
         prefixes = None
         if self.prefixes is not None:
-            prefixes = Prefixes.of(self.prefixes, batch, model.vocab_size, device)
-        constraints = Constraints(
-            ends=ends,
-            banned=sorted({*banned, *self.banned}),
-            min_length=self.min_length,
-            no_repeat_ngram=self.no_repeat_ngram,
-            prefix_tokens=prefixes.tokens if prefixes else None,
-            prefix_lengths=prefixes.lengths if prefixes else None,
-            trie=self.trie,
-            only_ends_at_limit=not rules.cut_at_limit,
-            device=device,
-        )
-        history = nodes = None
-        if self.no_repeat_ngram or self.repetition_penalty != 1:
+            prefixes = Prefixes.of(self.prefixes, source.shape[0], model.vocab_size, device)
+        never = [] if rules.allow_specials else never_generated(model)
+        normalization = "none" if self.choose == "stochastic" or self.length_penalty == 0 else self.normalization
+        n_best = -(-self.n_best // self.groups)  # of each group
+        return BeamState.start(
+            BeamRules(
+                stopping="topped" if self.compat == "ctranslate2" and normalization == "none" else self.stopping,
+                wanted=max(n_best, round(self.patience * k)),
+                n_best=n_best,
+                min_length=self.min_length,
+                rising=self.length_penalty >= 0,
+                cut_at_limit=rules.cut_at_limit,
+                overflow=rules.overflow,
+                by_rank=self.choose == "stochastic",
+                no_repeat_ngram=self.no_repeat_ngram,
+            ),
+            constraints_of(
+                ends=ends,
+                banned=sorted({*never, *self.banned}),
+                early=self.min_length > 1,
+                prefixes=prefixes,
+                trie=self.trie,
+                device=device,
+            ),
+            target_limits(model, source_lengths, self.max_length, self.min_length),
+            norms(
+                normalization,
+                self.length_penalty,
+                longest_target(model, source.shape[1], self.max_length, self.min_length),
+                device,
+            ),
+            beams=self.beam_size,
+            groups=self.groups,
+            ranked=self.groups > 1 or self.choose == "stochastic",
+            first_token=model.bos_id,
             # Hugging Face counts the token that a decoder starts with
-            shape = (batch, self.beam_size, 1 if self.compat == "hf" else 0)
-            history = torch.full(shape, model.bos_id, dtype=torch.int64, device=device)
-        if self.trie is not None:
-            nodes = torch.zeros(batch, self.beam_size, dtype=torch.int64, device=device)
-        return constraints, history, nodes
+            history=int(self.compat == "hf") if self.no_repeat_ngram or self.repetition_penalty != 1 else None,
+        )
 
-    def _choice(self, source: Tensor, source_lengths: Tensor) -> StochasticBeams | None:
-        if self.choose == "best":
-            return None
-        keys = random_keys(source, source_lengths, self.beam_size, self.seed, None)
-        return StochasticBeams(keys)
 
-    def _candidates(
-        self,
-        logits: Tensor,
-        sums: Tensor,
-        ranks: Tensor,
-        adjust: Adjustments | None,
-        allowed: Any,
-        ends: int,
-        choice: StochasticBeams | None,
-        rows: Tensor,
-        step: int,
-    ) -> Candidates:
+class _Search:
+    """A search under way: what is repeated at each step."""
+
+    def __init__(self, options: BeamSearch, model: Any, source: Tensor, source_lengths: Tensor) -> None:
+        self.options, self.model, self.ends = options, model, end_ids(model)
+        self.state = model.start(model.encode(source, source_lengths), options.beam_size)
+        self.beams = options._start(model, self.ends, source, source_lengths)
+        self.may_leave = hasattr(model, "select")
+        self.noise: StochasticBeams | None = None
+        if options.choose != "best":
+            keys = random_keys(source, source_lengths, options.beam_size, options.seed, None)
+            self.noise = StochasticBeams(keys)
+        if options.choose == "stochastic":
+            self.beams.ranks.copy_(self.noise.start(self.beams.sums))
+        self._begun = options.compat == "hf"  # hypotheses have tokens
+
+    def reserve(self, steps: int) -> bool:
+        """Whether the model makes so many steps in place from here on."""
+        may = hasattr(self.model, "reserve") and may_capture(self.beams.tokens.device) and self.options.impl == "auto"
+        reserved = self.model.reserve(self.state, steps) if may else None
+        self.state = self.state if reserved is None else reserved
+        return reserved is not None
+
+    def step(self) -> None:
+        logits, self.state = self.model.step(self.beams.tokens, self.state)
+        beam_update(self.beams, self._candidates(logits), impl=self.options.impl)
+        self._begun = True
+
+    def follow(self) -> None:
+        self.state = self.model.reorder(self.state, self.beams.parents)
+
+    def step_and_follow(self) -> None:
+        self.step()
+        self.follow()
+
+    def leave(self, left: int) -> None:
+        """The finished sentences leave the batch, in which so many are left."""
+        stay = self.beams.unfinished(left)
+        self.state, self.beams = self.model.select(self.state, stay), self.beams.select(stay)
+
+    def _candidates(self, logits: Tensor) -> Candidates:
         """The continuations to choose from, in order: enough that beam_size are left when all the ends are gone."""
-        V, k = logits.shape[2], self.beam_size // self.groups
-        count = min(k * (1 + ends), k * V)
-        if choice is not None:
-            noise = choice.noise(rows, step, V)
-            if self.choose == "sample":
-                return sampled(logits, sums, noise, count, self.temperature, adjust, allowed)
+        options, beams = self.options, self.beams
+        adjust, allowed, sums, ranks = beams.adjust, beams.allowed, beams.sums, beams.ranks
+        if options.repetition_penalty != 1 and self._begun:
+            if options.compat == "hf":
+                adjust = joined(adjust, penalties(logits, beams.generated(), options.repetition_penalty))
+            else:
+                logits = penalised(logits, beams.generated(), options.repetition_penalty)
+        if RULES[options.compat].renormalise and adjust is not None:
+            logits, adjust = without(logits, adjust), None
+        V, k = logits.shape[2], options.beam_size // options.groups
+        count = min(k * (1 + len(self.ends)), k * V)
+        if self.noise is not None:
+            places, _, steps = beams.sentences
+            noise = self.noise.noise(places, steps, V)
+            if options.choose == "sample":
+                return sampled(logits, sums, noise, count, options.temperature, adjust, allowed)
             return without_replacement(logits, sums, ranks, noise, count, adjust, allowed)
-        if self.groups == 1:
-            return best(logits, sums, sums, count, adjust, allowed, self.impl)
-        return self._of_groups(logits, sums, ranks, count, adjust, allowed, ends)
-
-    def _of_groups(
-        self,
-        logits: Tensor,
-        sums: Tensor,
-        ranks: Tensor,
-        count: int,
-        adjust: Adjustments | None,
-        allowed: Any,
-        ends: int,
-    ) -> Candidates:
-        R, K, V = logits.shape
-        k = K // self.groups
-        parts, chosen = [], None
-        for g in range(self.groups):
-            beams = slice(g * k, (g + 1) * k)
-            own = None if adjust is None else Adjustments(*(part[:, beams] for part in adjust))
-            limited = None if allowed is None else allowed._replace(first=allowed.first[:, beams].contiguous())
-            limited = limited and limited._replace(last=allowed.last[:, beams].contiguous())
-            if chosen is not None:
-                shape = (R, k, chosen.shape[1])
-                amounts = torch.full((1, 1, 1), -self.diversity, device=logits.device).expand(shape)
-                own = joined(own, Adjustments(chosen[:, None].expand(shape), amounts))
-            found = best(logits[:, beams], sums[:, beams], ranks[:, beams], count, own, limited, self.impl)
-            if chosen is not None:
-                same = (found.tokens[:, :, None] == chosen[:, None]).sum(2)
-                found = found._replace(sums=found.sums + self.diversity * same)
-            kept = found.tokens[:, :k]
-            chosen = kept if chosen is None else torch.cat([chosen, kept], 1)
-            parts.append(found._replace(parents=found.parents + g * k))
-        return Candidates(*(torch.stack(column, 1).flatten(0, 1) for column in zip(*parts, strict=True)))
-
-    def _finish(
-        self,
-        finished: Finished,
-        topped: Tensor,
-        found: Candidates,
-        ends: list[int],
-        at_limit: Tensor | None,
-        done: Tensor,
-        length: int,
-        norm: Tensor,
-        k: int,
-    ) -> tuple[Finished, Tensor]:
-        """With those of the k best continuations that end."""
-        rules = RULES[self.compat]
-        is_end = is_any(found.tokens, ends)
-        ending = is_end
-        if at_limit is not None and rules.cut_at_limit:
-            ending = is_end | at_limit.repeat_interleave(self.groups)[:, None]
-        ending = ending & (found.ranks > -torch.inf) & ~done[:, None]
-        ending = ending & (torch.arange(ending.shape[1], device=ending.device) < k)
-        if rules.overflow == "order":
-            room = (finished.scores == -torch.inf).sum(1, keepdim=True)
-            ending = ending & (ending.cumsum(1) <= room)
-        if may_look(ending.device) and not ending.any():
-            return finished, topped
-        values = found.ranks if self.choose == "stochastic" else found.sums
-        scores = torch.where(ending, values / norm[length], -torch.inf)
-        return finished.merged(scores, found.sums, found.parents, found.tokens, length), topped | ending[:, 0]
-
-
-def _without(logits: Tensor, banned: Adjustments) -> Tensor:
-    """Logits [R, K, V] of -inf for what is banned, which has no share of the probability then."""
-    tokens = banned.tokens.where(banned.tokens >= 0, 0)
-    amounts = torch.where(banned.tokens >= 0, -torch.inf, torch.inf).to(logits.dtype)
-    return logits.scatter_reduce(2, tokens, amounts, "amin")
-
-
-def _groups_of(rows: Tensor, groups: int) -> Tensor:
-    """Places of the groups of `rows` [R] where all sentences' groups stand in a line."""
-    return rows if groups == 1 else (rows[:, None] * groups + torch.arange(groups, device=rows.device)).view(-1)
-
-
-def _first(wanted: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Columns of the first k true of `wanted` [R, C], and where there are fewer: [R, k] each."""
-    columns = torch.arange(wanted.shape[1], device=wanted.device)
-    order = torch.where(wanted, columns, columns + wanted.shape[1])
-    order = order.topk(k, largest=False, sorted=True).values
-    return order % wanted.shape[1], order >= wanted.shape[1]
+        if options.groups == 1:
+            return best(logits, sums, sums, count, adjust, allowed, options.impl)
+        groups = options.groups, options.diversity
+        return of_groups(logits, sums, ranks, *groups, count, adjust, allowed, options.impl)

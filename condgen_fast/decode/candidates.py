@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from condgen_fast.decode.constraints import joined
 from condgen_fast.decode.left_to_right import log_sum
 from condgen_fast.decode.sampling import mixed, uniform
-from condgen_fast.ops.beam_search import Adjustments, Allowed, beam_topk
-
-
-class Candidates(NamedTuple):
-    """Continuations of each sentence, best first; a rank of -inf is none."""
-
-    ranks: Tensor  # [R, C] float32, what they are ordered by
-    sums: Tensor  # [R, C] float32, of log-probabilities
-    parents: Tensor  # [R, C] int64
-    tokens: Tensor  # [R, C] int64
+from condgen_fast.ops.beam_search import Adjustments, Allowed, Candidates, beam_topk
 
 
 def best(
@@ -37,6 +27,40 @@ def best(
     behind = (sums - ranks).gather(1, found.parents)
     behind = torch.where(found.scores > -torch.inf, behind, 0.0)
     return Candidates(found.scores, found.scores + behind, found.parents, found.tokens)
+
+
+def of_groups(
+    logits: Tensor,
+    sums: Tensor,
+    ranks: Tensor,
+    groups: int,
+    diversity: float,
+    count: int,
+    adjust: Adjustments | None,
+    allowed: Allowed | None,
+    impl: str,
+) -> Candidates:
+    """The `count` best of each group, of tokens that earlier groups chose less `diversity` for each time in the rank
+    (Vijayakumar et al. 2016)."""
+    R, K, _ = logits.shape
+    k = K // groups
+    parts, chosen = [], None
+    for g in range(groups):
+        beams = slice(g * k, (g + 1) * k)
+        own = None if adjust is None else Adjustments(*(part[:, beams] for part in adjust))
+        limited = allowed and Allowed(allowed.tokens, *(part[:, beams].contiguous() for part in allowed[1:]))
+        if chosen is not None:
+            shape = (R, k, chosen.shape[1])
+            amounts = torch.full((1, 1, 1), -diversity, device=logits.device).expand(shape)
+            own = joined(own, Adjustments(chosen[:, None].expand(shape), amounts))
+        found = best(logits[:, beams], sums[:, beams], ranks[:, beams], count, own, limited, impl)
+        if chosen is not None:
+            same = (found.tokens[:, :, None] == chosen[:, None]).sum(2)
+            found = found._replace(sums=found.sums + diversity * same)
+        kept = found.tokens[:, :k]
+        chosen = kept if chosen is None else torch.cat([chosen, kept], 1)
+        parts.append(found._replace(parents=found.parents + g * k))
+    return Candidates(*(torch.stack(column, 1).flatten(0, 1) for column in zip(*parts, strict=True)))
 
 
 def sampled(
@@ -90,8 +114,9 @@ class StochasticBeams:
         """The perturbed log-probability of the empty hypothesis: Gumbel noise."""
         return sums + gumbel(mixed(self.keys - 1))
 
-    def noise(self, rows: Tensor, step: int, vocab_size: int) -> Tensor:
-        keys = mixed(self.keys[rows] + step)
+    def noise(self, rows: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
+        """[R, K, V] of sentences `rows` [R] that have made `steps` [R]."""
+        keys = mixed(self.keys[rows] + steps[:, None])
         return gumbel(mixed(keys[..., None] + torch.arange(vocab_size, device=keys.device)))
 
 

@@ -13,6 +13,7 @@ from condgen_fast.decode.hypotheses import Hypotheses
 
 # On a GPU the host asks this rarely whether every sentence is finished: each answer waits for the device.
 STEPS_BETWEEN_CHECKS = 8
+STEPS_IN_PLACE = 2  # likewise, where a whole step is one launch, so that the host would run far ahead of the answer
 
 
 def target_limits(model: Any, source_lengths: Tensor, max_length: int | None, min_length: int = 0) -> Tensor:
@@ -26,6 +27,11 @@ def target_limits(model: Any, source_lengths: Tensor, max_length: int | None, mi
     if most is not None and max_length > most:
         raise ValueError(f"max_length must be at most model.max_positions = {most}; got {max_length}")
     return torch.full_like(source_lengths, max_length)
+
+
+def longest_target(model: Any, width: int, max_length: int | None, min_length: int = 0) -> int:
+    """The greatest limit of sources of at most `width` tokens, which no device has to be asked for."""
+    return int(target_limits(model, torch.tensor([width]), max_length, min_length))
 
 
 def end_ids(model: Any) -> list[int]:
@@ -51,31 +57,34 @@ def check_due(step: int, device: torch.device) -> bool:
     return device.type == "cpu" or (step + 1) % STEPS_BETWEEN_CHECKS == 0
 
 
-def may_look(device: torch.device) -> bool:
-    """Whether the host may ask at any step, as nobody waits for the answer."""
-    return device.type == "cpu"
+def may_capture(device: torch.device) -> bool:
+    """Whether steps that are made in place are worth a CUDA graph."""
+    return device.type == "cuda"
 
 
 class Unfinished:
-    """How many sentences are not finished, as far as the host knows.
+    """How many sentences are not finished, as far as the host knows; `finished` [] counts those that are on the device.
 
-    A GPU is not waited for: it is asked every few steps, and what it says is read at a later step, when it has.
+    A GPU is not kept waiting: what it is asked after one step is read later, at the latest when it is asked again, so
+    that the host is never more than that ahead of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finished: Tensor, sentences: int) -> None:
+        self._finished, self._sentences = finished, sentences
         self._answer: Tensor | None = None
         self._event: Any = None
 
-    def count(self, done: Tensor, step: int, device: torch.device, *, ask: bool) -> int | None:
-        """`done` [R] after this step -> how many are left, or were when it was asked; None: unknown."""
-        if device.type != "cuda":
-            return int((~done).sum()) if ask else None
+    def count(self, *, ask: bool) -> int | None:
+        """How many are left, or were when the device was asked; None: nothing new is known."""
+        if self._finished.device.type != "cuda":
+            return self._sentences - int(self._finished) if ask else None
         count = None
-        if self._event is not None and self._event.query():
-            count, self._event = int(self._answer), None
-        if ask and self._event is None:
+        if self._event is not None and (ask or self._event.query()):
+            self._event.synchronize()
+            count, self._event = self._sentences - int(self._answer), None
+        if ask:
             self._answer = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._answer.copy_((~done).sum(), non_blocking=True)
+            self._answer.copy_(self._finished, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         return count
@@ -163,9 +172,9 @@ def generate(
     )
 
 
-def worth_leaving(left: int, rows: int) -> bool:
+def worth_leaving(left: int, rows: int, *, at_most: float = 0.75) -> bool:
     """Whether so many sentences have finished that moving the others' caches together costs less than keeping them."""
-    return left <= 0.75 * rows
+    return left <= at_most * rows
 
 
 def take(values: Tensor, order: Tensor) -> Tensor:

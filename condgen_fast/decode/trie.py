@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,16 +36,17 @@ class Trie:
         self.whole = whole
         self._parents, self._tokens, self._finals = map(torch.tensor, (tree.parents, tree.tokens, tree.finals))
 
-    def to(self, device: torch.device, ends: Tensor) -> DeviceTrie:
-        """On the device, with `ends` [n] after each whole sequence."""
+    def laid_out(self, ends: list[int]) -> tuple[Tensor, Tensor, int, int]:
+        """With an end after each whole sequence: the children of all nodes, and the rest of the trie, its nodes and its
+        stride as `BeamConstraints` has them; on the host."""
         parents, tokens, finals = self._parents, self._tokens, self._finals
         nodes = tokens.shape[0] + 1
         targets = torch.arange(1, nodes)
-        ends = ends.cpu()
+        closing = torch.tensor(ends)
         if self.whole:
-            closing = finals.repeat_interleave(ends.shape[0])  # where an end leads to does not matter
-            parents, targets = torch.cat([parents, closing]), torch.cat([targets, closing])
-            tokens = torch.cat([tokens, ends.repeat(finals.shape[0])])
+            closed = finals.repeat_interleave(len(ends))  # where an end leads to does not matter
+            parents, targets = torch.cat([parents, closed]), torch.cat([targets, closed])
+            tokens = torch.cat([tokens, closing.repeat(finals.shape[0])])
         else:
             inside = ~torch.isin(parents, finals)
             parents, tokens = parents[inside], tokens[inside]
@@ -56,36 +56,8 @@ class Trie:
         once = torch.cat([torch.ones(1, dtype=torch.bool), keys.diff() > 0])  # a sequence may end with an end itself
         keys, order = keys[once], order[once]
         parents, tokens, targets = parents[order], tokens[order], targets[order]
-        is_end = torch.isin(tokens, ends)
+        is_end = torch.isin(tokens, closing)
         ends_first = (2 * parents + (~is_end).long()).argsort(stable=True)
         first = torch.searchsorted(parents[ends_first], torch.arange(nodes + 1))
         end_counts = torch.zeros(nodes, dtype=torch.int64).index_add_(0, parents, is_end.long())
-        parts = (first, tokens[ends_first], end_counts, keys, targets)
-        return DeviceTrie(*(part.to(device) for part in parts), stride)
-
-
-@dataclass(frozen=True)
-class DeviceTrie:
-    """Node n has children tokens[first[n] : first[n + 1]], ends first; -1 is where everything is allowed."""
-
-    first: Tensor  # [nodes + 1]
-    tokens: Tensor  # [edges]
-    end_counts: Tensor  # [nodes]
-    keys: Tensor  # [edges] ascending, node * stride + token
-    targets: Tensor  # [edges] in the order of the keys
-    stride: int
-
-    def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """First and behind the last child of each node, -1 where it has no say."""
-        inside = nodes.clamp(min=0)
-        free = nodes < 0
-        return self.first[inside].masked_fill(free, -1), self.first[inside + 1].masked_fill(free, -1)
-
-    def ends_among_children(self, nodes: Tensor) -> Tensor:
-        return self.end_counts[nodes.clamp(min=0)].masked_fill(nodes < 0, 0)
-
-    def follow(self, nodes: Tensor, tokens: Tensor) -> Tensor:
-        """Where the tokens lead to; they are children of their nodes, or the hypothesis is dead."""
-        wanted = nodes.clamp(min=0) * self.stride + tokens.clamp(max=self.stride - 1)
-        place = torch.searchsorted(self.keys, wanted.contiguous()).clamp(max=self.keys.shape[0] - 1)
-        return torch.where(nodes < 0, nodes, self.targets[place])
+        return tokens[ends_first], torch.cat([first, end_counts, keys, targets]), nodes, stride

@@ -1,6 +1,7 @@
 // Schema of beam_topk, and its CPU op: which thread sweeps which blocks.
 #include "beam_search.h"
 
+#include <algorithm>
 #include <memory>
 
 #include "beam_search_tensors.h"
@@ -61,7 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> beam_topk_cpu(const Tensor& logits, const Ten
                                                  const std::optional<Tensor>& last) {
   return beam_topk_op<simd::Half, simd::BFloat16>(
       logits, scores, k, temperature, {adjusted, amounts, allowed, first, last},
-      [](const auto& arguments, int64_t batch) { beam_topk(arguments, batch); });
+      [&](const auto& arguments, int64_t batch) {
+        const int64_t count = arguments.first == nullptr ? 0 : batch * arguments.beams;
+        const int64_t most = count == 0 ? 0 : *std::max_element(arguments.last, arguments.last + count);
+        CONDGEN_FAST_CHECK(count == 0 || most <= allowed->numel(),
+                           "allowed.last must be at most E = ", allowed->numel(), "; got ", most);
+        beam_topk(arguments, batch);
+      });
 }
 
 }  // namespace

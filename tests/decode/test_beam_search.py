@@ -195,7 +195,6 @@ def test_the_host_asks_the_device_once_in_eight_steps(monkeypatch, strategy):
     expected = decode(model_ending, source, strategy)
     for module in (beam_search, left_to_right):
         monkeypatch.setattr(module, "check_due", lambda step, device: (step + 1) % 8 == 0)
-    monkeypatch.setattr(beam_search, "may_look", lambda device: False)
     found = decode(model_ending, source, strategy)
     assert found.to_lists() == expected.to_lists() and torch.equal(found.iterations, expected.iterations)
     reads = []

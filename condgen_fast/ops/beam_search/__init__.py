@@ -1,3 +1,16 @@
-from condgen_fast.ops.beam_search.op import Adjustments, Allowed, BeamTopK, beam_topk
+from condgen_fast.ops.beam_search.op import beam_hypotheses, beam_topk, beam_update
+from condgen_fast.ops.beam_search.reference import Adjustments, Allowed, BeamTopK
+from condgen_fast.ops.beam_search.state import BeamConstraints, BeamRules, BeamState, Candidates
 
-__all__ = ["Adjustments", "Allowed", "BeamTopK", "beam_topk"]
+__all__ = [
+    "Adjustments",
+    "Allowed",
+    "BeamConstraints",
+    "BeamRules",
+    "BeamState",
+    "BeamTopK",
+    "Candidates",
+    "beam_hypotheses",
+    "beam_topk",
+    "beam_update",
+]

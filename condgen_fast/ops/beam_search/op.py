@@ -1,4 +1,4 @@
-"""Selection of a beam step: the public function, its checks and its fake."""
+"""The steps of a beam search: the public functions, their checks and their fakes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number, check_tensor
 from condgen_fast.ops.beam_search import reference
 from condgen_fast.ops.beam_search.reference import Adjustments, Allowed, BeamTopK
-
-__all__ = ["Adjustments", "Allowed", "BeamTopK", "beam_topk"]
+from condgen_fast.ops.beam_search.state import BeamState, Candidates
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _IMPLS = ("auto", "reference")
@@ -75,6 +74,10 @@ def beam_topk(
     _check_constraints(adjust, allowed, sizes, logits.device)
     logits, scores = logits.detach(), scores.detach()
     if impl == "reference":
+        if allowed is not None and logits.device.type == "cpu":  # as the compiled op does
+            most, last = allowed.tokens.shape[0], allowed.last
+            if last.numel() > 0 and int(last.max()) > most:
+                raise ValueError(f"allowed.last must be at most E = {most}; got {int(last.max())}")
         return reference.beam_topk(logits, scores, k, temperature=temperature, adjust=adjust, allowed=allowed)
     _library.require(logits.device)
     constraints = (*(adjust or (None, None)), *(allowed or (None, None, None)))
@@ -94,8 +97,6 @@ def _check_constraints(
         check_tensor(tokens, "allowed.tokens", shape="E", **on_device)
         check_tensor(first, "allowed.first", shape="B K", sizes=sizes, **on_device)
         check_tensor(last, "allowed.last", shape="B K", sizes=sizes, **on_device)
-        if device.type == "cpu" and last.numel() > 0 and int(last.max()) > tokens.shape[0]:
-            raise ValueError(f"allowed.last must be at most E = {tokens.shape[0]}; got {int(last.max())}")
 
 
 @_library.register_fake("beam_topk")
@@ -106,3 +107,104 @@ def _(logits, scores, k, temperature, adjusted=None, amounts=None, allowed=None,
         logits.new_empty(shape, dtype=torch.int64),
         logits.new_empty(shape, dtype=torch.int64),
     )
+
+
+def beam_update(state: BeamState, found: Candidates, *, impl: str = "auto") -> None:
+    """Move a beam search on by one step, in place: from what may continue its hypotheses to what it keeps.
+
+    Of each group's K / G best candidates those that end go into its finished list, ordered by
+    ``sum / norms[length]`` (the rank's, by ``state.rules.by_rank``), of equal ones the earlier first. Of all its
+    candidates the K / G best that do not end are kept; where there are too few, the places that are left hold sums and
+    ranks of -inf, and tokens and parents of other candidates. These are written to the lattice. Then
+    ``state.rules`` decide whether the group is finished: from then on no hypothesis of it ends. Last, what may
+    follow at the next step is written to ``state.adjust`` and ``state.allowed``.
+
+    Args:
+        state: BeamState of R sentences, K beams in G groups, that has made fewer than T steps.
+        found: Candidates [R * G, C], C >= K / G, those with a rank of -inf last.
+        impl: "auto" (compiled, on the tensors' device) or "reference".
+
+    One launch on a GPU, which nobody waits for; the step's number is on the device, so that it can be captured.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a wrong shape, dtype, device or choice.
+
+    Equivalent to ``reference.beam_update``, value for value.
+    """
+    check_choice(impl, "impl", _IMPLS)
+    if not isinstance(state, BeamState):
+        raise TypeError(f"state must be a BeamState; got {type(state).__name__}")
+    N, device = state.tokens.shape[0] * state.groups, state.tokens.device
+    sizes = {"N": N}
+    for name, value, dtype in zip(Candidates._fields, found, _OF_CANDIDATES, strict=True):
+        sizes = check_tensor(value, name, shape="N C", sizes=sizes, dtypes=(dtype,), device=device)
+    least = state.tokens.shape[1] // state.groups
+    if sizes["C"] < least:
+        raise ValueError(f"tokens must have at least {least} columns; got {sizes['C']}")
+    if impl == "reference":
+        return reference.beam_update(state, found)
+    _library.require(device)
+    found = [value.contiguous() for value in found]
+    return torch.ops.condgen_fast.beam_update(*found, state.changed, state.constant, state.numbers)
+
+
+_OF_CANDIDATES = (torch.float32, torch.float32, torch.int64, torch.int64)
+
+
+@_library.register_fake("beam_update")
+def _(ranks, sums, parents, tokens, state, constants, rules):
+    return None
+
+
+def beam_hypotheses(
+    finished: Tensor,  # [3, B, n]
+    sums: Tensor,  # [B, n]
+    tokens: Tensor,  # [T, B, K]
+    parents: Tensor,  # [T, B, K]
+    totals: Tensor,  # [T, B, K]
+    ends: Tensor,  # [E]
+    pad_id: int,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow finished hypotheses back through the lattice of a search to their first token.
+
+    Args:
+        finished: int64: which of the beams kept a step before it continues, its last token (-1: no hypothesis), its
+            length up to that token.
+        sums: float32, of its log-probabilities.
+        tokens, parents, totals: int64, int64, float32: what each step kept, totals being sums.
+        ends: int64, the ids that are not part of the hypothesis.
+        pad_id: what stands behind it.
+        impl: "auto" (compiled, on the tensors' device) or "reference".
+
+    Returns:
+        tokens [B, n, T] int64; lengths [B, n] int64 without an end; log-probabilities [B, n, T + 1] float32 of the
+        tokens, the end's among them, 0 beyond.
+
+    Raises:
+        TypeError: an argument that is no tensor.
+        ValueError: a wrong shape, dtype, device or choice.
+    """
+    check_choice(impl, "impl", _IMPLS)
+    on_device = dict(device=tokens.device)
+    integers, floats = dict(dtypes=(torch.int64,), **on_device), dict(dtypes=(torch.float32,), **on_device)
+    sizes = check_tensor(tokens, "tokens", shape="T B K", **integers)
+    check_tensor(parents, "parents", shape="T B K", sizes=sizes, **integers)
+    check_tensor(totals, "totals", shape="T B K", sizes=sizes, **floats)
+    sizes = check_tensor(finished, "finished", shape="3 B n", sizes=sizes, **integers)
+    check_tensor(sums, "sums", shape="B n", sizes=sizes, **floats)
+    check_tensor(ends, "ends", shape="E", **integers)
+    arguments = [each.contiguous() for each in (finished, sums, tokens, parents, totals, ends)]
+    if impl == "reference":
+        return reference.beam_hypotheses(*arguments, pad_id)
+    _library.require(tokens.device)
+    return torch.ops.condgen_fast.beam_hypotheses(*arguments, pad_id)
+
+
+@_library.register_fake("beam_hypotheses")
+def _(finished, sums, tokens, parents, totals, ends, pad_id):
+    _, B, n = finished.shape
+    T = tokens.shape[0]
+    return tokens.new_empty(B, n, T), tokens.new_empty(B, n), sums.new_empty(B, n, T + 1)
