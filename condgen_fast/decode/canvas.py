@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -34,8 +34,10 @@ def initial_canvas(
     Raises TypeError for another type, ValueError for what cannot stand there or does not fit the model's positions.
     """
     if initial is None:
-        given = torch.empty(batch, 0, dtype=torch.int64, device=device)
-    elif isinstance(initial, Tensor):
+        tokens = torch.full((batch, 2), model.bos_id, device=device)
+        tokens[:, 1].fill_(model.eos_id)
+        return tokens, torch.full((batch,), 2, device=device)
+    if isinstance(initial, Tensor):
         given = initial
     else:
         if not _is_sequence(initial) or not all(_is_sequence(row) and _are_ids(row) for row in initial):
@@ -70,10 +72,13 @@ def _are_ids(row: Sequence[Any]) -> bool:
     return all(isinstance(token, Integral) for token in row)
 
 
-def predict(model: FillModel | EditModel, tokens: Tensor, memory: object, positions: Tensor) -> tuple[Tensor, Tensor]:
+def predict(
+    model: FillModel | EditModel, tokens: Tensor, memory: object, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The most probable token at each of `positions`, and its natural log-probability.
 
-    tokens: int64 [B, L]; positions: int64 [N], indices into the flattened canvas. Returns int64 [N] and float32 [N].
+    tokens: int64 [B, L]; positions: int64 [N], indices into the flattened canvas, or None: all B * L of them. Returns
+    int64 [N] and float32 [N].
     bos, eos, pad and mask are never predicted: their probability is shared out among the other tokens (unk is one of
     these). Where a model leaves no other token any probability, the lowest ordinary id comes with log-probability -inf.
     A model that offers `fill_states` has only `positions` projected to the vocabulary; of any other model all of
@@ -86,20 +91,50 @@ def predict(model: FillModel | EditModel, tokens: Tensor, memory: object, positi
         states, project = model.fill_states(tokens, memory).flatten(0, 1), model.project
     else:
         states, project = model.fill(tokens, memory).flatten(0, 1), None
-    specials = sorted({model.bos_id, model.eos_id, model.pad_id, model.mask_id})
+    specials = {model.bos_id, model.eos_id, model.pad_id, model.mask_id}
     fallback = next(i for i in range(len(specials) + 1) if i not in specials)
     written, log_probs = [], []
-    for rows in positions.split(PROJECTED_ROWS):
-        logits = states.index_select(0, rows)
-        if project is not None:
-            logits = project(logits)
-        for token in specials:
-            logits[:, token] = -torch.inf
+    for some in (states if positions is None else positions).split(PROJECTED_ROWS):
+        if positions is not None:
+            some = states.index_select(0, some)
+        elif project is None:
+            some = some.clone()  # the model's own
+        logits = some if project is None else project(some)
+        for first, end in runs(specials):
+            logits[:, first:end].fill_(-torch.inf)
         stats = row_stats(logits)
-        nothing = ~(stats.log_prob > -torch.inf)  # true for NaN as well
-        written.append(stats.token.masked_fill(nothing, fallback))
-        log_probs.append(stats.log_prob.masked_fill(nothing, -torch.inf))
-    return torch.cat(written), torch.cat(log_probs)
+        # of a row that leaves nothing, row_stats says token 0, and of no other one below the first that is not special
+        written.append(stats.token.clamp(min=fallback))
+        log_probs.append(stats.log_prob)
+    return (written[0], log_probs[0]) if len(written) == 1 else (torch.cat(written), torch.cat(log_probs))
+
+
+def runs(ids: Iterable[int]) -> list[tuple[int, int]]:
+    """Ids as ranges (first, end): a slice of logits for each is written by one kernel, and nothing goes to a device."""
+    found: list[tuple[int, int]] = []
+    for token in sorted(set(ids)):
+        if found and found[-1][1] == token:
+            found[-1] = (found[-1][0], token + 1)
+        else:
+            found.append((token, token + 1))
+    return found
+
+
+def fill(
+    model: FillModel | EditModel, tokens: Tensor, log_probs: Tensor, memory: object, masked: Tensor, count: int | None
+) -> None:
+    """Write what `predict` says over the `masked` positions of canvases [B, L] and into their log_probs, in place.
+
+    count: how many are masked, so that only these are projected; None: unknown to the host, so all are.
+    """
+    where = None if count is None else true_positions(masked, count)
+    token, log_prob = predict(model, tokens, memory, where)
+    if where is None:
+        torch.where(masked, token.view(masked.shape), tokens, out=tokens)
+        torch.where(masked, log_prob.view(masked.shape), log_probs, out=log_probs)
+    else:
+        tokens.view(-1).index_copy_(0, where, token)
+        log_probs.view(-1).index_copy_(0, where, log_prob)
 
 
 def penalise_nothing(logits: Tensor, penalty: float) -> Tensor:

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from functools import partial, reduce
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.canvas import between, hypotheses, initial_canvas, mean_log_prob, predict, true_positions
+from condgen_fast.decode.captured import Captured
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.left_to_right import check_due
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
+from condgen_fast.decode.unattended import Running, on_device, worth_leaving
+
+
+@dataclass
+class _Sentences:
+    """The R sentences that are being refined, as rounds in place find them and leave them."""
+
+    memory: Any
+    rows: Tensor  # int64 [R], their places in the batch
+    inside: Tensor  # bool [R, W]
+    running: Tensor  # bool [R], not finished: finished ones stay as they are
+    rounds: Tensor  # int64 [R]
+    tokens: Tensor
+    log_probs: Tensor
+    outputs: Tensor  # [R, window, W], as they were after the last rounds, the newest last
+
+    def select(self, model: FillModel, index: Tensor) -> _Sentences:
+        values = {f.name: getattr(self, f.name).index_select(0, index) for f in fields(self) if f.name != "memory"}
+        return _Sentences(model.select(self.memory, index), **values)
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ class IterativeRefinement:
         check_number(self.tolerance, "tolerance", minimum=0.0, maximum=1.0)
 
     def run(self, model: FillModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        """Decode source int64 [B, S] with source_lengths [B]; on a GPU one synchronisation every few rounds."""
+        """Decode source int64 [B, S] with source_lengths [B]; on a GPU it always has a round to work on."""
         memory = model.encode(source, source_lengths)
         batch, device = source.shape[0], source.device
         if self.initial is None:
@@ -77,38 +97,43 @@ class IterativeRefinement:
         if recorder and self.initial is not None:
             recorder.record(0, "start", list(range(batch)), tokens, log_probs, inside)
 
-        final_tokens, final_log_probs = tokens.clone(), log_probs.clone()
-        iterations = torch.zeros_like(lengths)
-        counts = lengths.tolist()  # from here on the host knows how many tokens are predicted
-        rows, active = torch.arange(batch, device=device), list(range(batch))
-        done, outputs = lengths == 0, []
+        now = _Sentences(
+            memory=memory,
+            rows=torch.arange(batch, device=device),
+            inside=inside,
+            running=lengths > 0,
+            rounds=torch.zeros_like(lengths),
+            tokens=tokens,
+            log_probs=log_probs,
+            outputs=tokens[:, None].repeat(1, self.window, 1),
+        )
+        final_tokens, final_log_probs, iterations = tokens, log_probs, now.rounds
+        counts, active = lengths.tolist(), list(range(batch))  # from here on the host knows how many are predicted
+        unfinished, once = Running(device), None
         for iteration in range(1, self.max_iterations + 1):
-            if check_due(iteration - 2, device):
-                host_done = done.tolist()
-                if any(host_done):
-                    final_tokens[rows], final_log_probs[rows] = tokens, log_probs
-                    active = [row for row, gone in zip(active, host_done, strict=True) if not gone]
-                    if not active:
-                        break
-                    left = true_positions(~done, len(active))
-                    memory, rows, done, inside = model.select(memory, left), rows[left], done[left], inside[left]
-                    tokens, log_probs, outputs = tokens[left], log_probs[left], [output[left] for output in outputs]
-            where = true_positions(inside, sum(counts[row] for row in active))
-            before, canvas, confidence = tokens, tokens.clone(), log_probs.clone()
-            canvas.view(-1)[where], confidence.view(-1)[where] = predict(model, tokens, memory, where)
-            tokens = torch.where(done[:, None], tokens, canvas)
-            log_probs = torch.where(done[:, None], log_probs, confidence)
-            iterations[rows] += (~done).long()
+            flags = unfinished.one_behind(now.running)
+            if flags is not None and not any(flags):
+                break
+            if flags is not None and worth_leaving(sum(flags), *now.tokens.shape, device):
+                final_tokens = final_tokens.index_copy(0, now.rows, now.tokens)
+                final_log_probs = final_log_probs.index_copy(0, now.rows, now.log_probs)
+                iterations = iterations.index_copy(0, now.rows, now.rounds)
+                left = [i for i, runs in enumerate(flags) if runs]
+                active = [active[i] for i in left]
+                now, once = now.select(model, on_device(left, device)), None
+            if once is None:
+                where = true_positions(now.inside, sum(counts[row] for row in active))
+                once = Captured(partial(self._round, model, now, where), device)
+            before = (now.tokens.clone(), now.running.clone()) if recorder else None
+            once()
             if recorder:
                 first = iteration == 1 and self.initial is None
-                touched = inside & ~done[:, None] & (first | (tokens != before))
-                recorder.record(iteration, "predict" if first else "rewrite", active, tokens, log_probs, touched)
-            outputs = [*outputs, tokens][-self.window :]
-            if len(outputs) == self.window:
-                for newer in outputs[1:]:
-                    done = done | (self._distances(outputs[0], newer, inside) <= self.tolerance)
-        else:
-            final_tokens[rows], final_log_probs[rows] = tokens, log_probs
+                touched = now.inside & before[1][:, None] & (first | (now.tokens != before[0]))
+                operation = "predict" if first else "rewrite"
+                recorder.record(iteration, operation, active, now.tokens, now.log_probs, touched)
+        final_tokens = final_tokens.index_copy(0, now.rows, now.tokens)
+        final_log_probs = final_log_probs.index_copy(0, now.rows, now.log_probs)
+        iterations = iterations.index_copy(0, now.rows, now.rounds)
 
         return hypotheses(
             model,
@@ -119,6 +144,22 @@ class IterativeRefinement:
             iterations,
             recorder.traces(list(range(batch)), iterations.tolist()) if recorder else None,
         )
+
+    def _round(self, model: FillModel, now: _Sentences, where: Tensor) -> None:
+        """Predict the positions `where` of the flattened canvases anew, in place, of sentences that are running."""
+        running, log_probs = now.running[:, None], now.log_probs.clone()
+        token, log_prob = predict(model, now.tokens, now.memory, where)
+        now.tokens.view(-1).index_copy_(0, where, token)
+        now.log_probs.view(-1).index_copy_(0, where, log_prob)
+        torch.where(running, now.tokens, now.outputs[:, -1], out=now.tokens)
+        torch.where(running, now.log_probs, log_probs, out=now.log_probs)
+        now.rounds.add_(now.running)
+        for older in range(self.window - 1):
+            now.outputs[:, older].copy_(now.outputs[:, older + 1])
+        now.outputs[:, -1].copy_(now.tokens)
+        far = now.rounds < self.window  # nothing to compare yet
+        apart = [self._distances(now.outputs[:, 0], now.outputs[:, k], now.inside) for k in range(1, self.window)]
+        now.running.logical_and_(far | (reduce(torch.minimum, apart) > self.tolerance))
 
     def _distances(self, a: Tensor, b: Tensor, inside: Tensor) -> Tensor:
         """float64 [R] between two outputs [R, L] of the same lengths."""

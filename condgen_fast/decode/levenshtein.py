@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from condgen_fast._check import check_number
-from condgen_fast.decode.canvas import (
-    between,
-    hypotheses,
-    initial_canvas,
-    mean_log_prob,
-    penalise_nothing,
-    predict,
-    true_positions,
-)
+from condgen_fast.decode.canvas import between, fill, hypotheses, initial_canvas, mean_log_prob
+from condgen_fast.decode.captured import Captured
+from condgen_fast.decode.edits import Results, Sentences, delete, deletions, end_cycles, insert
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.ops.levenshtein import apply_edits
-from condgen_fast.ops.refinement import row_stats
-
-
-@dataclass
-class _Sentences:
-    """The R sentences that are still being refined; canvases are [R, W]."""
-
-    memory: Any
-    rows: Tensor  # int64 [R], their places in the batch
-    bounds: Tensor  # int64 [R], the longest canvas each may get by insertions
-    lengths: Tensor  # int64 [R], of the canvas, bos and eos counted
-    tokens: Tensor
-    log_probs: Tensor
-    before: Tensor  # the canvas that the running iteration began with, and its log-probabilities
-    before_log_probs: Tensor
-    earlier: Tensor  # the canvas that the iteration before it began with
-    settled: Tensor  # bool [R], the last iteration ended where it began
-
-    def select(self, model: EditModel, index: Tensor) -> _Sentences:
-        values = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "memory"}
-        return _Sentences(model.select(self.memory, index), **values)
-
-    def inside(self) -> Tensor:
-        return between(self.lengths - 2, self.tokens.shape[1])
-
-    def trim(self, width: int) -> None:
-        self.tokens, self.log_probs = self.tokens[:, :width].contiguous(), self.log_probs[:, :width].contiguous()
+from condgen_fast.decode.unattended import Running, on_device, worth_leaving
 
 
 @dataclass(frozen=True)
@@ -92,171 +60,168 @@ class LevenshteinRefinement:
             check_number(self.max_length, "max_length", minimum=1, integer=True)
 
     def run(self, model: EditModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        """Decode source int64 [B, S] with source_lengths [B]; one synchronisation an iteration."""
-        batch, device = source.shape[0], source.device
-        now = self._start(model, source, source_lengths)
-        width = max([now.tokens.shape[1], *now.bounds.tolist()])
-        recorder = Recorder(model, batch) if self.trace else None
-        active, iterations = list(range(batch)), [self.max_iterations] * batch
-        final_tokens = torch.full((batch, width), model.pad_id, device=device)
-        final_log_probs = torch.zeros(batch, width, device=device)
-        if recorder and self.initial is not None:
-            recorder.record(0, "start", active, now.tokens, now.log_probs, now.inside())
-
-        for iteration in range(1, self.max_iterations + 1):
-            idle, placeholders = self._delete_and_insert(model, now, width, recorder, iteration, active)
-            state = torch.stack([idle.long(), now.settled.long(), now.lengths, placeholders])
-            host_idle, host_settled, lengths, counts = state.tolist()  # the synchronisation
-            if any(host_idle):
-                final_tokens[now.rows], final_log_probs[now.rows] = now.tokens, now.log_probs
-                kept = []
-                for i, row in enumerate(active):
-                    if host_idle[i]:
-                        iterations[row] = iteration - host_settled[i]  # it was over one iteration ago
-                    else:
-                        kept.append(i)
-                if not kept:
-                    break
-                active, lengths = [active[i] for i in kept], [lengths[i] for i in kept]
-                now = now.select(model, true_positions(~idle, len(kept)))
-            now.trim(max(lengths))
-            if sum(counts):
-                self._fill(model, now, sum(counts), recorder, iteration, active)
-            now.settled = _same(now.tokens, now.before, model.pad_id)
-        else:
-            self._end_cycles(model, now, recorder, active)
-            # Whole rows: what was noted of them when another sentence left may have been longer.
-            final_tokens[now.rows] = _widen(now.tokens, width, model.pad_id)
-            final_log_probs[now.rows] = _widen(now.log_probs, width, 0.0)
-
-        lengths = (final_tokens != model.pad_id).sum(1) - 2
-        scores = mean_log_prob(final_log_probs, between(lengths, width))
-        return hypotheses(
-            model,
-            final_tokens[:, None],
-            final_log_probs[:, None],
-            lengths[:, None],
-            scores[:, None],
-            torch.tensor(iterations, device=device),
-            recorder.traces(list(range(batch)), iterations) if recorder else None,
-        )
-
-    def _start(self, model: EditModel, source: Tensor, source_lengths: Tensor) -> _Sentences:
+        """Decode source int64 [B, S] with source_lengths [B]; on a GPU the device never runs dry between iterations."""
         batch, device = source.shape[0], source.device
         tokens, lengths = initial_canvas(self.initial, model, batch, device)
-        longest = getattr(model, "max_positions", None)
-        if self.max_length is None:
-            bounds = (2 * source_lengths).clamp(min=10) + 1  # bos
+        bounds = self._bounds(model, source_lengths)
+        width = max([tokens.shape[1], *bounds.tolist()])
+        now = Sentences.start(model.encode(source, source_lengths), tokens, bounds, model.pad_id)
+        recorder = Recorder(model, batch) if self.trace else None
+        if recorder or _host_follows(device):
+            results = self._refine(model, now, lengths.tolist(), width, recorder)
         else:
-            bounds = torch.full_like(source_lengths, self.max_length + 1)
-        if longest is not None:
-            bounds = bounds.clamp(max=longest)
-        log_probs = torch.zeros(tokens.shape, device=device)
-        none_yet = torch.full_like(tokens, model.pad_id)  # equal to no canvas
-        return _Sentences(
-            memory=model.encode(source, source_lengths),
-            rows=torch.arange(batch, device=device),
-            bounds=bounds,
-            lengths=lengths,
-            tokens=tokens,
-            log_probs=log_probs,
-            before=none_yet,
-            before_log_probs=log_probs,
-            earlier=none_yet,
-            settled=torch.zeros(batch, dtype=torch.bool, device=device),
+            results = self._refine_unattended(model, now, width)
+        lengths = (results.tokens != model.pad_id).sum(1) - 2
+        scores = mean_log_prob(results.log_probs, between(lengths, results.tokens.shape[1]))
+        return hypotheses(
+            model,
+            results.tokens[:, None],
+            results.log_probs[:, None],
+            lengths[:, None],
+            scores[:, None],
+            results.iterations,
+            recorder.traces(list(range(batch)), results.iterations.tolist()) if recorder else None,
         )
 
-    def _delete_and_insert(
-        self,
-        model: EditModel,
-        now: _Sentences,
-        width: int,
-        recorder: Recorder | None,
-        iteration: int,
-        active: list[int],
-    ) -> tuple[Tensor, Tensor]:
-        """The first two policies -> bool [R], rows that neither touched, and int64 [R], placeholders inserted."""
-        ids = {name: getattr(model, name) for name in ("pad_id", "bos_id", "eos_id", "mask_id")}
-        now.earlier, now.before, now.before_log_probs = now.before, now.tokens, now.log_probs
-        begun, states = now.lengths, None
-        if now.tokens.shape[1] > 2:
-            if getattr(model, "shares_edit_states", False):
-                states = model.edit_states(now.tokens, now.memory)
-                logits = model.delete_head(states)
-            else:
-                logits = model.delete_logits(now.tokens, now.memory)
-            delete = (logits[..., 1] > logits[..., 0]) & now.inside() & ~now.settled[:, None]
+    def _bounds(self, model: EditModel, source_lengths: Tensor) -> Tensor:
+        """int64 [B]: the longest canvas each may get by insertions, bos and eos counted."""
+        longest = getattr(model, "max_positions", None)
+        if self.max_length is None:
+            bounds = (2 * source_lengths).clamp(min=10) + 1
+        else:
+            bounds = torch.full_like(source_lengths, self.max_length + 1)
+        return bounds if longest is None else bounds.clamp(max=longest)
+
+    def _refine(
+        self, model: EditModel, now: Sentences, lengths: list[int], width: int, recorder: Recorder | None
+    ) -> Results:
+        """The loop in which the host looks at every step: canvases are as wide as the longest, and those that an
+        iteration left as they were leave at once."""
+        results, active, states = Results(len(lengths), width, model.pad_id), list(range(len(lengths))), None
+        if recorder and self.initial is not None:
+            recorder.record(0, "start", active, now.tokens, now.log_probs, now.inside(model))
+        for iteration in range(1, self.max_iterations + 1):
+            now.earlier, now.before, now.before_log_probs = now.before, now.tokens, now.log_probs
+            begun = kept = lengths
+            if now.tokens.shape[1] > 2:
+                flags, states = deletions(model, now.tokens, now.memory, states)
+                if recorder:
+                    touched = flags & now.inside(model)
+                    recorder.record(iteration, "delete", active, now.tokens, now.log_probs, touched)
+                edits = delete(model, now.tokens, now.log_probs, flags)
+                now.tokens, now.log_probs, kept = edits.tokens, edits.scores, edits.lengths.tolist()
+                if states is not None and kept != begun:
+                    edited = [i for i, length in enumerate(kept) if length != begun[i]]
+                    states = _renewed(model, now, states, edited)
+            bounds, penalty = now.bounds, self.eos_penalty
+            edits = insert(model, now.tokens, now.log_probs, now.memory, states, penalty, bounds, width)
+            now.tokens, now.log_probs, lengths = edits.tokens, edits.scores, edits.lengths.tolist()
+            masks = sum(lengths) - sum(kept)
+
+            left = [i for i in range(len(active)) if kept[i] != begun[i] or lengths[i] != kept[i]]
+            if len(left) < len(active):
+                results.put(now, iteration)
+                if not left:
+                    return results
+                now, states, (active, begun, lengths) = _select(model, now, states, left, active, begun, lengths)
+            now.trim(max(lengths))
+            states = None if masks or states is None else states[:, : max(lengths)]
+            if not masks:
+                continue
+            masked = now.tokens == model.mask_id
             if recorder:
-                recorder.record(iteration, "delete", active, now.tokens, now.log_probs, delete)
-            edited = apply_edits(now.tokens, delete=delete, scores=now.log_probs, **ids)
-            now.tokens, now.log_probs, now.lengths = edited.tokens, edited.scores, edited.lengths
-            if states is not None:
-                states = self._states_after_deletions(model, now, states, delete.any(1))
-        kept = now.lengths
-
-        logits = model.insert_logits(now.tokens, now.memory) if states is None else model.insert_head(states)
-        insert = row_stats(penalise_nothing(logits, self.eos_penalty)).token * ~now.settled[:, None]
-        room = (now.bounds - kept).clamp(min=0)[:, None]
-        insert = torch.minimum(insert, (room - insert.cumsum(1) + insert).clamp(min=0))
-        edited = apply_edits(now.tokens, insert=insert, scores=now.log_probs, max_length=width, **ids)
-        now.tokens, now.log_probs, now.lengths = edited.tokens, edited.scores, edited.lengths
-        return (now.lengths == kept) & (kept == begun), now.lengths - kept
-
-    @staticmethod
-    def _states_after_deletions(model: EditModel, now: _Sentences, states: Tensor, edited: Tensor) -> Tensor:
-        """Of states [R, W, D] of the canvases before the deletions, those of the edited rows [R] computed anew."""
-        if edited.device.type != "cpu":  # there it costs more to know which than to compute them all
-            return model.edit_states(now.tokens, now.memory)
-        index = edited.nonzero().squeeze(1)
-        if len(index) == 0:
-            return states
-        if len(index) == len(edited):
-            return model.edit_states(now.tokens, now.memory)
-        fresh = model.edit_states(now.tokens[index], model.select(now.memory, index))
-        return states.index_copy(0, index, fresh)
-
-    def _fill(
-        self,
-        model: EditModel,
-        now: _Sentences,
-        masks: int,
-        recorder: Recorder | None,
-        iteration: int,
-        active: list[int],
-    ) -> None:
-        masked = now.tokens == model.mask_id
-        if recorder:
-            recorder.record(iteration, "insert", active, now.tokens, now.log_probs, masked)
-        where = true_positions(masked, masks)
-        token, log_prob = predict(model, now.tokens, now.memory, where)
-        now.tokens.view(-1)[where], now.log_probs.view(-1)[where] = token, log_prob
-        if recorder:
-            recorder.record(iteration, "fill", active, now.tokens, now.log_probs, masked)
-
-    def _end_cycles(self, model: EditModel, now: _Sentences, recorder: Recorder | None, active: list[int]) -> None:
-        """Put back the canvas before the last iteration where the two alternate and it is the better one."""
-        width = max(now.tokens.shape[1], now.before.shape[1])
-        tokens, before = (_widen(value, width, model.pad_id) for value in (now.tokens, now.before))
-        log_probs, before_log_probs = (_widen(value, width, 0.0) for value in (now.log_probs, now.before_log_probs))
-        swung = _same(tokens, now.earlier, model.pad_id) & ~now.settled
-        restored = swung & (self._quality(model, before, before_log_probs) > self._quality(model, tokens, log_probs))
-        now.tokens = torch.where(restored[:, None], before, tokens)
-        now.log_probs = torch.where(restored[:, None], before_log_probs, log_probs)
+                recorder.record(iteration, "insert", active, now.tokens, now.log_probs, masked)
+            fill(model, now.tokens, now.log_probs, now.memory, masked, masks)
+            if recorder:
+                recorder.record(iteration, "fill", active, now.tokens, now.log_probs, masked)
+            if begun == lengths or any(map(int.__eq__, begun, lengths)):
+                same = now.same_as_before()
+                left = [i for i in range(len(active)) if not (same[i] and begun[i] == lengths[i])]
+                if len(left) < len(active):
+                    results.put(now, iteration)
+                    if not left:
+                        return results
+                    now, states, (active, lengths) = _select(model, now, states, left, active, lengths)
+        now.widen(width, model.pad_id)
+        restored = end_cycles(model, now)
         if recorder:
             touched = restored[:, None] & (now.tokens != model.pad_id)
             recorder.record(self.max_iterations, "restore", active, now.tokens, now.log_probs, touched)
+        results.put(now, self.max_iterations)
+        return results
 
-    def _quality(self, model: EditModel, tokens: Tensor, log_probs: Tensor) -> Tensor:
-        """float32 [R]: mean log-probability of the tokens, -inf where there are none."""
-        inside = between((tokens != model.pad_id).sum(1) - 2, tokens.shape[1])
-        return mean_log_prob(log_probs, inside).masked_fill(~inside.any(1), -torch.inf)
+    def _refine_unattended(self, model: EditModel, now: Sentences, width: int) -> Results:
+        """The loop on a GPU: canvases stay `width` wide and where they are, an iteration is two CUDA graphs.
+
+        What an iteration left as it was is not edited any more. While the device fills placeholders the host learns
+        how many sentences had edits, so that no more than that one pass is made in vain.
+        """
+        results = Results(len(now.rows), width, model.pad_id)
+        now.widen(width, model.pad_id)
+        now = now.select(model, now.rows)  # tensors of its own, each apart
+        device = now.tokens.device
+        unfinished, edit, write = Running(device), None, None
+        for iteration in range(1, self.max_iterations + 1):
+            if edit is None:
+                edit = Captured(partial(self._edit_in_place, model, now), device)
+                write = Captured(partial(_fill_in_place, model, now), device)
+            if iteration == 1 and self.initial is None:
+                self._edit_in_place(model, now, deletes=False)
+            else:
+                edit()
+            unfinished.ask(now.running)
+            write()
+            left = [i for i, runs in enumerate(unfinished.read()) if runs]
+            if not left or worth_leaving(len(left), *now.tokens.shape, device):
+                results.put(now, now.iterations)
+                if not left:
+                    return results
+                now, edit = now.select(model, on_device(left, device)), None
+        end_cycles(model, now)
+        results.put(now, now.iterations)
+        return results
+
+    def _edit_in_place(self, model: EditModel, now: Sentences, deletes: bool = True) -> None:
+        now.earlier.copy_(now.before)
+        now.before.copy_(now.tokens)
+        now.before_log_probs.copy_(now.log_probs)
+        now.iterations.add_(now.running)
+        tokens, log_probs, states = now.tokens, now.log_probs, None
+        if deletes:
+            flags, states = deletions(model, tokens, now.memory)
+            edits = delete(model, tokens, log_probs, flags & now.running[:, None])
+            tokens, log_probs = edits.tokens, edits.scores
+            if states is not None:  # to know which canvases stayed as they were would cost more than all of them
+                states = model.edit_states(tokens, now.memory)
+        bounds, width = now.bounds * now.running, tokens.shape[1]
+        edits = insert(model, tokens, log_probs, now.memory, states, self.eos_penalty, bounds, width)
+        now.tokens.copy_(edits.tokens)
+        now.log_probs.copy_(edits.scores)
+        now.running.logical_and_((now.tokens != now.before).any(1))
 
 
-def _widen(value: Tensor, width: int, filler: float) -> Tensor:
-    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=filler)
+def _fill_in_place(model: EditModel, now: Sentences) -> None:
+    fill(model, now.tokens, now.log_probs, now.memory, now.tokens == model.mask_id, None)
+    now.running.logical_and_((now.tokens != now.before).any(1))
 
 
-def _same(a: Tensor, b: Tensor, pad_id: int) -> Tensor:
-    """bool [R]: which rows of two canvases, padded to any width, hold the same tokens."""
-    width = max(a.shape[1], b.shape[1])
-    return (_widen(a, width, pad_id) == _widen(b, width, pad_id)).all(1)
+def _host_follows(device: torch.device) -> bool:
+    """Whether the host may look at every step: on the CPU that costs next to nothing."""
+    return device.type == "cpu"
+
+
+def _renewed(model: EditModel, now: Sentences, states: Tensor, edited: list[int]) -> Tensor:
+    """states [R, W, D] of canvases some of which were edited since, with the states of these."""
+    if len(edited) == len(states):
+        return model.edit_states(now.tokens, now.memory)
+    index = torch.tensor(edited, device=states.device)
+    fresh = model.edit_states(now.tokens[index], model.select(now.memory, index))
+    return states.index_copy(0, index, fresh)
+
+
+def _select(
+    model: EditModel, now: Sentences, states: Tensor | None, left: list[int], *lists: list[int]
+) -> tuple[Sentences, Tensor | None, list[list[int]]]:
+    index = torch.tensor(left, device=now.tokens.device)
+    states = None if states is None else states.index_select(0, index)
+    return now.select(model, index), states, [[values[i] for i in left] for values in lists]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
-from condgen_fast.decode.canvas import between, hypotheses, mean_log_prob, predict, true_positions
+from condgen_fast.decode.canvas import between, fill, hypotheses, mean_log_prob, true_positions
+from condgen_fast.decode.captured import Captured
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
+from condgen_fast.decode.unattended import LAUNCH_BOUND
 from condgen_fast.ops.refinement import remask
 
 
@@ -57,14 +60,13 @@ class MaskPredict:
         check_number(self.min_remasked, "min_remasked", minimum=0, integer=True)
 
     def run(self, model: FillModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        """Decode source int64 [B, S] with source_lengths [B]."""
+        """Decode source int64 [B, S] with source_lengths [B]; nothing waits between lengths and result."""
         memory = model.encode(source, source_lengths)
         lengths, possible = self._candidate_lengths(model, memory)
         batch, beam = lengths.shape
         host_lengths = lengths.flatten().tolist()  # from here to the result every count is known on the host
         device = lengths.device
-        rows = torch.arange(batch * beam, device=device)
-        memory = model.select(memory, rows // beam)
+        memory = model.select(memory, torch.arange(batch * beam, device=device) // beam)
 
         width = max(host_lengths, default=0) + 2
         maskable = between(lengths.flatten(), width)
@@ -75,31 +77,17 @@ class MaskPredict:
         recorder = Recorder(model, batch * beam) if self.trace else None
 
         schedule = [[self.masked_tokens(length, t) for length in host_lengths] for t in range(self.iterations)]
-        count = torch.tensor(schedule, device=device)  # [T, B*K], never rising with t
-        rounds = (count > 0).sum(0)
-        active = list(range(batch * beam))
-        for t in range(self.iterations):
-            counts = [schedule[t][row] for row in active]
-            if not all(counts):
-                # A row with nothing to predict has finished.
-                active = [row for row, n in zip(active, counts, strict=True) if n]
-                counts = [n for n in counts if n]
-                if not active:
-                    break
-                kept = true_positions(count[t, rows] > 0, len(active))
-                rows, memory = rows[kept], model.select(memory, kept)
-            canvas, confidence, masked = tokens[rows], log_probs[rows], maskable[rows]
-            if t > 0:
-                masked = remask(confidence, count[t, rows], maskable=masked)
-                if recorder:
-                    recorder.record(t + 1, "mask", active, canvas, confidence, masked)
-                canvas.masked_fill_(masked, model.mask_id)
-            where = true_positions(masked, sum(counts))
-            token, log_prob = predict(model, canvas, memory, where)
-            canvas.view(-1)[where], confidence.view(-1)[where] = token, log_prob
-            tokens[rows], log_probs[rows] = canvas, confidence
-            if recorder:
-                recorder.record(t + 1, "fill" if t else "predict", active, canvas, confidence, masked)
+        counts = torch.tensor(schedule, device=device)  # [T, B*K], never rising with t
+        rounds = (counts > 0).sum(0)
+        if recorder is None and _captured(device, maskable.numel()):
+            now = _InPlace(
+                memory, tokens, log_probs, maskable, counts, torch.zeros(1, dtype=torch.int64, device=device)
+            )
+            once = Captured(partial(_round, model, now), device)
+            for _ in range(sum(any(row) for row in schedule)):
+                once()
+        else:
+            self._refine(model, memory, tokens, log_probs, maskable, schedule, counts, recorder)
 
         scores = mean_log_prob(log_probs, maskable).view(batch, beam).masked_fill(~possible, -torch.inf)
         lengths = lengths.masked_fill(~possible, 0)
@@ -115,6 +103,44 @@ class MaskPredict:
             rounds.view(batch, beam).amax(1),
             recorder.traces(best[:, 0].tolist(), rounds.tolist()) if recorder else None,
         )
+
+    def _refine(
+        self,
+        model: FillModel,
+        memory: Any,
+        tokens: Tensor,
+        log_probs: Tensor,
+        maskable: Tensor,
+        schedule: list[list[int]],
+        counts: Tensor,
+        recorder: Recorder | None,
+    ) -> None:
+        """All rounds, in place, in which masked positions alone are projected and who has nothing to predict leaves."""
+        active = list(range(len(tokens)))
+        rows = torch.arange(len(tokens), device=tokens.device)
+        canvas, confidence, inside = tokens, log_probs, maskable
+        for t, quotas in enumerate(schedule):
+            left = [i for i, row in enumerate(active) if quotas[row]]
+            if len(left) < len(active):
+                if canvas is not tokens:
+                    tokens[rows], log_probs[rows] = canvas, confidence
+                active = [active[i] for i in left]
+                if not active:
+                    break
+                kept = true_positions(counts[t, rows] > 0, len(active))
+                rows, memory, inside = rows[kept], model.select(memory, kept), inside[kept]
+                canvas, confidence = tokens[rows], log_probs[rows]
+            masked = inside
+            if t > 0:
+                masked = remask(confidence, counts[t, rows], maskable=inside)
+                if recorder:
+                    recorder.record(t + 1, "mask", active, canvas, confidence, masked)
+                canvas.masked_fill_(masked, model.mask_id)
+            fill(model, canvas, confidence, memory, masked, sum(quotas[row] for row in active))
+            if recorder:
+                recorder.record(t + 1, "fill" if t else "predict", active, canvas, confidence, masked)
+        if active and canvas is not tokens:
+            tokens[rows], log_probs[rows] = canvas, confidence
 
     def masked_tokens(self, length: int, t: int) -> int:
         """How many of `length` tokens round t (from 0) predicts: all at first, then the linear schedule in integers."""
@@ -144,3 +170,32 @@ class MaskPredict:
             values = logits.gather(1, order).masked_fill(~inside, -torch.inf)
         possible = values > -torch.inf
         return (order + 1).masked_fill(~possible, 1), possible
+
+
+@dataclass(frozen=True)
+class _InPlace:
+    """All candidates [R, W] as rounds in place find them and leave them."""
+
+    memory: Any
+    tokens: Tensor
+    log_probs: Tensor
+    maskable: Tensor
+    counts: Tensor  # int64 [T, R]
+    t: Tensor  # int64 [1]
+
+
+def _round(model: FillModel, now: _InPlace) -> None:
+    """Mask what round t masks, which is all in the first, and predict it; then it is round t + 1."""
+    count = now.counts.index_select(0, now.t).flatten()
+    masked = remask(now.log_probs, count, maskable=now.maskable)
+    now.tokens.masked_fill_(masked, model.mask_id)
+    fill(model, now.tokens, now.log_probs, now.memory, masked, None)
+    now.t.add_(1)
+
+
+def _captured(device: torch.device, positions: int) -> bool:
+    """Whether a round becomes a CUDA graph, whose price is that it projects unmasked positions too.
+
+    That is worth it as long as launches take longer than kernels; beyond, a round as it is keeps the device busy.
+    """
+    return device.type != "cpu" and positions <= LAUNCH_BOUND

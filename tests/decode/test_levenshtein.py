@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, HostReads, RandomModel, ScriptedModel
+from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, RandomModel, ScriptedModel
 
 from condgen_fast.decode import LevenshteinRefinement, decode
 from condgen_fast.models.levenshtein import LevenshteinConfig, LevenshteinTransformer
@@ -314,27 +314,41 @@ def test_empty_batch():
     assert decode(RandomModel(), [], "levenshtein").tokens.shape == (0, 1, 0)
 
 
-def test_the_host_reads_once_an_iteration():
-    class Model(RandomModel):
-        """Grows by one token an iteration, for as many iterations as the sentence's number says."""
+def test_passes_that_would_say_nothing_new_are_not_made():
+    """Nothing was inserted: the states after the deletions are those of the next canvas. And a canvas written again as
+    it was is not looked at any more."""
+    model = LevenshteinTransformer(
+        LevenshteinConfig(vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=1, heads=2)
+    ).eval()
+    seen, script = [], {}
+    real_states, real_insert = model.edit_states, model.insert_head
 
-        def insert_logits(self, tokens, memory):
-            logits = torch.zeros(tokens.shape[0], tokens.shape[1] - 1, 4)
-            logits[:, 0, 1] = torch.where(memory + 2 > (tokens != PAD).sum(1), 1.0, -1.0)
-            return logits
+    def edit_states(tokens, memory):
+        seen.append(tokens.shape[1])
+        return real_states(tokens, memory)
 
-        def delete_logits(self, tokens, memory):
-            return torch.zeros(*tokens.shape, 2)
+    def delete_head(states):
+        logits = torch.zeros(*states.shape[:2], 2)
+        logits[:, script["delete"].pop(0), 1] = 1.0
+        return logits
 
-    reads = []
-    for maximum in (3, 4, 8, 16):
-        with HostReads() as host:
-            result = decode(
-                Model(), [[n] for n in range(5, 25)], LevenshteinRefinement(max_iterations=maximum, max_length=40)
-            )
-        reads.append(host.count)
-        assert result.iterations.tolist() == [min(n + 1, maximum) for n in range(5, 25)]
-    assert [after - reads[0] for after in reads] == [0, 1, 5, 13]
+    def insert_head(states):
+        logits = torch.zeros_like(real_insert(states))
+        for slot, count in script["insert"].pop(0):
+            logits[:, slot, count] = 1.0
+        return logits
+
+    model.edit_states, model.delete_head, model.insert_head = edit_states, delete_head, insert_head
+    script.update(delete=[[2], [], []], insert=[[], []])
+    result = decode(model, [[5, 6]], LevenshteinRefinement(initial=[[7, 8, 9]]))
+    assert result.to_lists() == [[[7, 9]]] and result.iterations.tolist() == [2] and seen == [5, 5]
+
+    seen.clear()
+    script.update(delete=[[2]], insert=[[(1, 1)]])
+    model.fill_states = lambda tokens, memory: torch.zeros(*tokens.shape, 16)
+    model.project = lambda states: torch.nn.functional.one_hot(torch.tensor([8] * len(states)), 29).float()
+    result = decode(model, [[5, 6]], LevenshteinRefinement(initial=[[7, 8, 9]]))
+    assert result.to_lists() == [[[7, 8, 9]]] and result.iterations.tolist() == [1] and seen == [5, 5]
 
 
 def test_the_reference_model_does_not_see_its_batch():

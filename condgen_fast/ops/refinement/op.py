@@ -68,6 +68,13 @@ def row_stats(
     Equivalent to, at temperature 0: ``p = logits.softmax(-1); top = p.topk(2).values; RowStats(p.argmax(-1),
     p.amax(-1).log(), top[..., 0] - top[..., 1], torch.special.entr(p).sum(-1), p.argmax(-1))``.
     """
+    if generator is None and _is_plain(logits, temperature, rows, noise_rows, impl):
+        shape = logits.shape[:-1]
+        flat = logits if logits.dim() == 2 else logits.flatten(0, -2)
+        token, *values, _ = torch.ops.condgen_fast.row_stats(flat, None, None, None, None)
+        if logits.dim() != 2:
+            token, *values = (value.view(shape) for value in (token, *values))
+        return RowStats(token, *values, token)
     check_choice(impl, "impl", ("auto", "reference", "triton"))
     check_tensor(logits, "logits", shape="... V", dtypes=_FLOATS)
     width = logits.shape[-1]
@@ -108,6 +115,26 @@ def row_stats(
         stats = torch.ops.condgen_fast.row_stats(flat, rows, temperatures, seed, noise_rows)
     token, log_prob, margin, entropy = (value.view(shape) for value in stats[:4])
     return RowStats(token, log_prob, margin, entropy, token if temperatures is None else stats[4].view(shape))
+
+
+def _is_plain(
+    logits: Tensor, temperature: float | Tensor, rows: Tensor | None, noise_rows: Tensor | None, impl: str
+) -> bool:
+    """Whether this is the most probable token of all rows on the CPU, where checks take longer than a few rows."""
+    return (
+        isinstance(logits, Tensor)
+        and logits.dtype in _FLOATS
+        and logits.dim() >= 2
+        and logits.shape[-1] > 0
+        and logits.device.type == "cpu"
+        and not logits.requires_grad
+        and type(temperature) in (int, float)
+        and temperature == 0
+        and rows is None
+        and noise_rows is None
+        and impl == "auto"
+        and _library.load()
+    )
 
 
 def remask(
