@@ -55,6 +55,7 @@ def adapt(
 
 @dataclass(frozen=True)
 class _Memory:
+    source: Tensor  # [B, S] int64
     hidden: Tensor  # [B, S, D]
     mask: Tensor  # [B, S] int64, 1 inside the sentence
     output: type  # what the encoder puts its result into
@@ -81,6 +82,9 @@ class _OfSentences(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.scaled_dot_product_attention:
                 return _attend(*args, **(kwargs or {}))
+            if func is torch.cat:  # T5Gemma2 attends to target and source at once
+                rows = max(len(x) for x in args[0])
+                return torch.cat([x.repeat_interleave(rows // len(x), 0) for x in args[0]], *args[1:], **(kwargs or {}))
             result = func(*args, **(kwargs or {}))
         return result.as_subclass(cls) if isinstance(result, Tensor) else result
 
@@ -136,12 +140,13 @@ class HuggingFaceModel(nn.Module):
         positions = torch.arange(source.shape[1], device=source.device)
         mask = (positions < source_lengths[:, None]).long()
         output = self.model.get_encoder()(input_ids=source, attention_mask=mask, return_dict=True)
-        return _Memory(output.last_hidden_state, mask, type(output))
+        return _Memory(source, output.last_hidden_state, mask, type(output))
 
     def force(self, target: Tensor, memory: _Memory) -> Tensor:
         """Logits [B, n, T, V] that follow each token of the targets [B, n, T] (the start first)."""
         B, n, T = target.shape
         output = self.model(
+            input_ids=memory.source.repeat_interleave(n, 0),  # of no use, but without it FSMT's decoder is not causal
             encoder_outputs=memory.output(last_hidden_state=memory.hidden.repeat_interleave(n, 0)),
             attention_mask=memory.mask.repeat_interleave(n, 0),
             decoder_input_ids=target.view(B * n, T),
@@ -195,7 +200,8 @@ class HuggingFaceModel(nn.Module):
 
     def _shares_source(self) -> bool:
         """Whether the decoder's attention is torch's, as it is unless the model was loaded to have another."""
-        return getattr(self.model.get_decoder().config, "_attn_implementation", None) == "sdpa"
+        config = getattr(self.model.get_decoder(), "config", None)  # FSMT's has none, and attention of its own
+        return getattr(config, "_attn_implementation", None) == "sdpa"
 
     def reorder(self, state: _State, parents: Tensor) -> _State:
         first = torch.arange(parents.shape[0], device=parents.device)[:, None] * state.beam_size
@@ -207,8 +213,8 @@ class HuggingFaceModel(nn.Module):
         beam_rows = (rows[:, None] * state.beam_size + beams).reshape(-1)
         state.cache.self_attention_cache.batch_select_indices(beam_rows)
         state.cache.cross_attention_cache.batch_select_indices(rows if self._shares_source() else beam_rows)
-        memory = replace(state.memory, hidden=state.memory.hidden[rows], mask=state.memory.mask[rows])
-        return replace(state, memory=memory)
+        parts = {name: getattr(state.memory, name)[rows] for name in ("source", "hidden", "mask")}
+        return replace(state, memory=replace(state.memory, **parts))
 
 
 def _only_id(value: Any, name: str) -> int:

@@ -1,4 +1,4 @@
-"""`adapt` on encoder-decoders built otherwise: experts, grouped and sliding-window attention, relative positions."""
+"""`adapt` on encoder-decoders built otherwise: experts, grouped, windowed and merged attention, no SDPA."""
 
 from __future__ import annotations
 
@@ -31,6 +31,47 @@ def t5gemma():
     return transformers.T5GemmaForConditionalGeneration(config)
 
 
+def t5gemma2():
+    text = dict(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+    )
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    images = dict(mm_tokens_per_image=1, boi_token_index=V - 3, eoi_token_index=V - 2, image_token_index=V - 1)
+    encoder = dict(text_config=text, vision_config=vision, **images)
+    config = transformers.T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=V - 1, **IDS)
+    model = transformers.T5Gemma2ForConditionalGeneration(config)
+    for name, value in IDS.items():
+        setattr(model.generation_config, name, value)
+        setattr(model.config, name, value)
+    return model
+
+
+def fsmt():
+    config = transformers.FSMTConfig(
+        src_vocab_size=V,
+        tgt_vocab_size=V,
+        langs=["en", "de"],
+        d_model=16,
+        init_std=0.4,
+        forced_eos_token_id=None,
+        **HALF,
+        **WIDTHS,
+        **{name: value for name, value in IDS.items() if name != "vocab_size"},
+    )
+    return transformers.FSMTForConditionalGeneration(config)
+
+
 def nllb_moe():
     config = transformers.NllbMoeConfig(
         d_model=16, num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2, init_std=0.4, **HALF, **WIDTHS, **IDS
@@ -60,7 +101,9 @@ def prophetnet():
     return transformers.ProphetNetForConditionalGeneration(config)
 
 
-@pytest.fixture(params=[t5gemma, nllb_moe, switch_transformers, prophetnet], ids=lambda make: make.__name__)
+@pytest.fixture(
+    params=[t5gemma, t5gemma2, nllb_moe, switch_transformers, prophetnet, fsmt], ids=lambda make: make.__name__
+)
 def model(request):
     torch.manual_seed(3)
     model = request.param().eval()
@@ -92,7 +135,9 @@ def test_any_batch_gives_the_same(model):
         torch.testing.assert_close(alone.scores[0], whole.scores[i], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [t5gemma, nllb_moe, switch_transformers], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [t5gemma, t5gemma2, nllb_moe, switch_transformers, fsmt], ids=lambda make: make.__name__
+)
 def test_score_is_that_of_decoding(make):
     """ProphetNet is not here: in transformers its logits with a cache are not those without (5.23)."""
     torch.manual_seed(4)
