@@ -39,7 +39,8 @@ def adapt(
     configuration is read: beam size, lengths and penalties are options of the strategy.
     Keys and values of the source are held once a sentence where the decoder attends by torch's attention ("sdpa", the
     default of Marian, BART, T5 and most others), once a beam where it was loaded with another; neither is reordered.
-    Steps are not captured in a CUDA graph (there is no `reserve`): the caches grow with every token.
+    Steps are not captured in a CUDA graph (there is no `reserve`): the caches grow with every token, and in each step
+    transformers waits for the device to say whether its mask hides anything.
 
     Raises TypeError if the model is no encoder-decoder and there is no `mask_id`, ValueError where it does not have
     an eos id, one pad id and one decoder start id.
