@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.candidates import StochasticBeams, best, of_groups, sampled, without_replacement
 from condgen_fast.decode.captured import Captured
@@ -30,7 +31,7 @@ from condgen_fast.decode.protocols import StepModel
 from condgen_fast.decode.sampling import random_keys
 from condgen_fast.decode.stopping import RULES, STOPPING, norms
 from condgen_fast.decode.trie import Trie
-from condgen_fast.ops.beam_search import BeamRules, BeamState, Candidates, beam_update
+from condgen_fast.ops.beam_search import Adjustments, BeamRules, BeamState, Candidates, unchecked_beam_update
 
 _MOST_BEAMS = 65536
 
@@ -230,6 +231,9 @@ class _Search:
         if options.choose == "stochastic":
             self.beams.ranks.copy_(self.noise.start(self.beams.sums))
         self._begun = options.compat == "hf"  # hypotheses have tokens
+        self._alters_logits = options.repetition_penalty != 1 or RULES[options.compat].renormalise
+        if options.impl == "auto":
+            _library.require(source.device)
 
     def reserve(self, steps: int) -> bool:
         """Whether the model makes so many steps in place from here on."""
@@ -240,7 +244,7 @@ class _Search:
 
     def step(self) -> None:
         logits, self.state = self.model.step(self.beams.tokens, self.state)
-        beam_update(self.beams, self._candidates(logits), impl=self.options.impl)
+        unchecked_beam_update(self.beams, self._candidates(logits), self.options.impl)
         self._begun = True
 
     def follow(self) -> None:
@@ -258,16 +262,11 @@ class _Search:
     def _candidates(self, logits: Tensor) -> Candidates:
         """The continuations to choose from, in order: enough that beam_size are left when all the ends are gone."""
         options, beams = self.options, self.beams
-        adjust, allowed, sums, ranks = beams.adjust, beams.allowed, beams.sums, beams.ranks
-        if options.repetition_penalty != 1 and self._begun:
-            if options.compat == "hf":
-                adjust = joined(adjust, penalties(logits, beams.generated(), options.repetition_penalty))
-            else:
-                logits = penalised(logits, beams.generated(), options.repetition_penalty)
-        if RULES[options.compat].renormalise and adjust is not None:
-            logits, adjust = without(logits, adjust), None
         V, k = logits.shape[2], options.beam_size // options.groups
-        count = min(k * (1 + len(self.ends)), k * V)
+        count = k * min(1 + len(self.ends), V)
+        adjust, allowed, sums, ranks = beams.adjust, beams.allowed, beams.sums, beams.ranks
+        if self._alters_logits:
+            logits, adjust = self._altered(logits, adjust)
         if self.noise is not None:
             places, _, steps = beams.sentences
             noise = self.noise.noise(places, steps, V)
@@ -278,3 +277,15 @@ class _Search:
             return best(logits, sums, sums, count, adjust, allowed, options.impl)
         groups = options.groups, options.diversity
         return of_groups(logits, sums, ranks, *groups, count, adjust, allowed, options.impl)
+
+    def _altered(self, logits: Tensor, adjust: Adjustments | None) -> tuple[Tensor, Adjustments | None]:
+        """With penalties on what a hypothesis has, and what is banned taken from the distribution."""
+        options = self.options
+        if options.repetition_penalty != 1 and self._begun:
+            if options.compat == "hf":
+                adjust = joined(adjust, penalties(logits, self.beams.generated(), options.repetition_penalty))
+            else:
+                logits = penalised(logits, self.beams.generated(), options.repetition_penalty)
+        if RULES[options.compat].renormalise and adjust is not None:
+            logits, adjust = without(logits, adjust), None
+        return logits, adjust

@@ -8,7 +8,7 @@ from torch import Tensor
 from condgen_fast.decode.constraints import joined
 from condgen_fast.decode.left_to_right import log_sum
 from condgen_fast.decode.sampling import mixed, uniform
-from condgen_fast.ops.beam_search import Adjustments, Allowed, Candidates, beam_topk
+from condgen_fast.ops.beam_search import Adjustments, Allowed, Candidates, unchecked_beam_topk
 
 
 def best(
@@ -21,7 +21,7 @@ def best(
     impl: str,
 ) -> Candidates:
     """The `count` best; where ranks are not sums, adjustments other than bans are still in the sums returned."""
-    found = beam_topk(logits, ranks, count, adjust=adjust, allowed=allowed, impl=impl)
+    found = unchecked_beam_topk(logits, ranks, count, 1.0, adjust, allowed, impl)
     if ranks is sums:
         return Candidates(found.scores, *found)
     behind = (sums - ranks).gather(1, found.parents)

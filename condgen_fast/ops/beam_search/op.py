@@ -72,16 +72,31 @@ def beam_topk(
     check_number(k, "k", minimum=1, maximum=_MOST, integer=True)
     check_number(temperature, "temperature", minimum=0.0, exclusive=True)
     _check_constraints(adjust, allowed, sizes, logits.device)
-    logits, scores = logits.detach(), scores.detach()
+    if impl == "auto":
+        _library.require(logits.device)
+    return unchecked_beam_topk(logits.detach(), scores.detach().float(), k, temperature, adjust, allowed, impl)
+
+
+def unchecked_beam_topk(
+    logits: Tensor,
+    scores: Tensor,
+    k: int,
+    temperature: float,
+    adjust: Adjustments | None,
+    allowed: Allowed | None,
+    impl: str,
+) -> BeamTopK:
+    """`beam_topk` without gradient, of float32 scores, where the library is known to be there: for loops that make its
+    arguments themselves. Between the steps of a model, which leave nothing in the caches, checks take as long as the
+    kernel."""
     if impl == "reference":
         if allowed is not None and logits.device.type == "cpu":  # as the compiled op does
             most, last = allowed.tokens.shape[0], allowed.last
             if last.numel() > 0 and int(last.max()) > most:
                 raise ValueError(f"allowed.last must be at most E = {most}; got {int(last.max())}")
         return reference.beam_topk(logits, scores, k, temperature=temperature, adjust=adjust, allowed=allowed)
-    _library.require(logits.device)
     constraints = (*(adjust or (None, None)), *(allowed or (None, None, None)))
-    return BeamTopK(*torch.ops.condgen_fast.beam_topk(logits, scores.float(), k, temperature, *constraints))
+    return BeamTopK(*torch.ops.condgen_fast.beam_topk(logits, scores, k, temperature, *constraints))
 
 
 def _check_constraints(
@@ -142,10 +157,15 @@ def beam_update(state: BeamState, found: Candidates, *, impl: str = "auto") -> N
     least = state.tokens.shape[1] // state.groups
     if sizes["C"] < least:
         raise ValueError(f"tokens must have at least {least} columns; got {sizes['C']}")
+    if impl == "auto":
+        _library.require(device)
+    unchecked_beam_update(state, Candidates(*(value.detach().contiguous() for value in found)), impl)
+
+
+def unchecked_beam_update(state: BeamState, found: Candidates, impl: str) -> None:
+    """`beam_update` of contiguous tensors, as `unchecked_beam_topk`."""
     if impl == "reference":
         return reference.beam_update(state, found)
-    _library.require(device)
-    found = [value.contiguous() for value in found]
     return torch.ops.condgen_fast.beam_update(*found, state.changed, state.constant, state.numbers)
 
 
