@@ -10,6 +10,7 @@ from torch import Tensor
 
 from condgen_fast._check import check_number
 from condgen_fast.decode.hypotheses import Hypotheses
+from condgen_fast.decode.steps import Steps
 
 # On a GPU the host asks this rarely whether every sentence is finished: each answer waits for the device.
 STEPS_BETWEEN_CHECKS = 8
@@ -129,11 +130,12 @@ def generate(
     rows = torch.arange(B, device=device)
     ends = end_ids(model)
     state = model.start(model.encode(source, source_lengths), n)
+    advance = Steps(model, state, longest, device, in_place=may_capture(device))
     tokens = torch.full((B, n), model.bos_id, dtype=torch.int64, device=device)
     done = torch.zeros(B, n, dtype=torch.bool, device=device)
-    select = getattr(model, "select", None)
+    may_leave = hasattr(model, "select")
     for step in range(longest):
-        logits, state = model.step(tokens, state)
+        logits = advance(tokens)
         tokens, log_probs = choose(logits, rows, step)
         if step + 1 in limit_steps:
             at_limit = (limits == step + 1)[:, None]
@@ -153,9 +155,9 @@ def generate(
         left = int(running.sum())
         if left == 0:
             break
-        if select is not None and worth_leaving(left, rows.shape[0]):
+        if may_leave and worth_leaving(left, rows.shape[0], at_most=0.5 if advance.in_place else 0.75):
             kept = running.nonzero()[:, 0]
-            state = select(state, kept)
+            advance.select(kept)
             rows, tokens, done, limits = rows[kept], tokens[kept], done[kept], limits[kept]
 
     width = int(out_lengths.max())

@@ -1,0 +1,101 @@
+"""Greedy search, sampling and beam search over steps that are made in place: on a GPU, and forced here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_gpu import Launches, fake_gpu
+
+from condgen_fast.decode import BeamSearch, Greedy, Sampling, beam_search, decode, left_to_right
+from condgen_fast.decode.steps import Steps
+from condgen_fast.models import compiled
+from condgen_fast.models.layers import TransformerConfig
+from condgen_fast.models.reserved import ReservedState
+from condgen_fast.models.transformer import Transformer
+
+STRATEGIES = [
+    Greedy(),
+    Greedy(min_length=4, length_penalty=0.5),
+    Sampling(seed=2, n_samples=3, top_p=0.9),
+    BeamSearch(beam_size=4, n_best=4),
+    BeamSearch(beam_size=1, stopping="first"),
+    BeamSearch(beam_size=3, no_repeat_ngram=2, repetition_penalty=1.2),
+    BeamSearch(beam_size=4, groups=2),
+]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(compiled, "stands_in", lambda *modules: False)
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=2, heads=2, tie_embeddings=False
+    )
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    return model.double()
+
+
+def sources(count):
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
+    return [torch.randint(5, 29, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_steps_in_place_find_the_same(model, strategy, monkeypatch):
+    source = sources(16)
+    expected = decode(model, source, strategy)
+    rows, step = [], ReservedState.step
+    for module in (left_to_right, beam_search):
+        monkeypatch.setattr(module, "may_capture", lambda device: True)
+    monkeypatch.setattr(ReservedState, "step", lambda *a: rows.append(len(a[2])) or step(*a))
+    found = decode(model, source, strategy)
+    assert found.to_lists() == expected.to_lists()
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
+    assert rows[0] == 16 and rows[-1] < 16 and len(rows) >= int(expected.iterations.max())
+    handle = model.decoder.layers[0].register_forward_hook(lambda *_: None)  # no step in place
+    rows.clear()
+    assert decode(model, source, strategy).to_lists() == expected.to_lists() and not rows
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_step_of_greedy_search_on_a_gpu_waits_for_nothing(model, monkeypatch):
+    with fake_gpu(monkeypatch) as device:
+        model = model.float().to(device)
+        source = torch.zeros(4, 7, dtype=torch.int64, device=device)
+        memory = model.encode(source, torch.zeros(4, dtype=torch.int64, device=device))
+        steps = Steps(model, model.start(memory, 1), 9, device, in_place=True)
+        tokens = torch.zeros(4, 1, dtype=torch.int64, device=device)
+        assert steps(tokens).shape == (4, 1, 29)
+        with Launches() as launches:
+            steps(tokens)
+        assert launches.counts["copy_"] == 1 and launches.counts["target_attention"] == 2
+        steps.select(torch.zeros(2, dtype=torch.int64, device=device))
+        assert steps(tokens[:2]).shape == (2, 1, 29)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_gpu_finds_what_the_cpu_finds(model, strategy):
+    """In double precision, which the reference attends in, and captured."""
+    source = sources(16)
+    expected = decode(model, source, strategy)
+    found = decode(model.cuda(), source, strategy)
+    assert found.to_lists() == expected.to_lists()
+    torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_captured_is_uncaptured(model, strategy, dtype, monkeypatch):
+    model = model.to("cuda", dtype)
+    source = sources(16)
+    found = decode(model, source, strategy)
+    monkeypatch.setattr("condgen_fast.decode.captured.Captured.__call__", lambda self: self._function())
+    expected = decode(model, source, strategy)
+    assert found.to_lists() == expected.to_lists() and torch.equal(found.scores, expected.scores)
