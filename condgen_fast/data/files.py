@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def check_writable(path: str | Path) -> None:
@@ -46,6 +48,17 @@ def write_atomically(path: str | Path, chunks: Iterable[bytes]) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def lock(path: str | Path, refusal: str) -> BinaryIO:
+    """A file that nobody else can lock until it is closed or its process has ended; ValueError where another has it."""
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(refusal) from None
+    return file
 
 
 def _is_special(path: Path) -> bool:

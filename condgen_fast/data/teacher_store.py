@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from condgen_fast._check import check_number
-from condgen_fast.data.files import check_writable, write_atomically
+from condgen_fast.data.files import check_writable, lock, write_atomically
 from condgen_fast.data.top_k_records import TopKRecords
 
 MAGIC = b"condgen_fast top-k teacher\n"
@@ -40,7 +40,8 @@ class TeacherStore:
     """An open store of distributions; reads of different processes do not disturb each other.
 
     `k`, `vocab_size`, `temperature` (the teacher's, at which the log-probabilities were taken), `teacher` (what wrote
-    it), `lengths` (numpy int64 [lines]: stored tokens of each line, eos counted; 0 for a line the teacher cannot read).
+    it), `lengths` (numpy int64 [lines]: stored tokens of each line, eos counted; 0 for a line the teacher cannot read),
+    `fingerprint` (of the header, which has checksums of everything else).
     """
 
     def __init__(self, path: str | Path):
@@ -59,6 +60,7 @@ class TeacherStore:
             raise ValueError(f"teacher store {path} has format version {header['version']}; this reads {VERSION}")
         self.k, self.vocab_size, self.temperature = header["k"], header["vocab_size"], header["temperature"]
         self.teacher, self._header = header["teacher"], header
+        self.fingerprint = hashlib.sha256(head).hexdigest()
         self.records = TopKRecords(self.k, self.vocab_size)
         first_record = _first_record(header["lines"])
         expected = first_record + header["tokens"] * self.records.size
@@ -108,12 +110,13 @@ class TeacherStore:
 
 
 class TeacherStoreWriter:
-    """A store that is being written."""
+    """A store that is being written; a context manager, at whose end others may go on with it."""
 
     def __init__(self, parts: Path, header: Mapping, starts: np.ndarray, rank: int, world_size: int):
         self.parts, self.header, self.starts, self.rank, self.world_size = parts, header, starts, rank, world_size
         self.records = TopKRecords(header["k"], header["vocab_size"])
         self.lengths = np.diff(starts)
+        self._lock = lock(parts / f"rank-{rank}.lock", f"teacher store {parts} is being written by another process")
         self._file = parts / "records"
         self._journal = parts / f"rank-{rank}.done"
         size = _first_record(header["lines"]) + int(starts[-1]) * self.records.size
@@ -146,7 +149,8 @@ class TeacherStoreWriter:
 
         `vocabulary` and `teacher` are fingerprints; `lengths` says how many tokens of each line are to be stored, eos
         counted, 0 for lines that are left out. Raises ValueError when PATH.parts was begun with anything else than
-        this, and when `path` exists. The number of processes may differ from run to run.
+        this, when `path` exists, and while another process writes the share of this rank. The number of processes may
+        differ from run to run.
         """
         check_number(k, "k", minimum=1, maximum=vocab_size, integer=True)
         check_number(temperature, "temperature", minimum=0, exclusive=True)
@@ -178,6 +182,12 @@ class TeacherStoreWriter:
         else:  # processes that start together write the same bytes
             write_atomically(begun, [json.dumps(header, indent=2).encode() + b"\n"])
         return cls(parts, header, starts, rank, world_size)
+
+    def __enter__(self) -> TeacherStoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def missing(self) -> list[int]:
         """Lines (from 0, ascending) of this process's share, rank, rank + world_size, …, that are not stored yet."""

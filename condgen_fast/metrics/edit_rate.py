@@ -1,4 +1,4 @@
-"""Word edit rate of single sentences: what post-editors would change, and how far two systems lie apart."""
+"""Word edit rates: what post-editors would change, and how far two systems lie apart."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def edit_rates(hypotheses: Sequence[Sequence[Hashable]], references: Sequence[Se
 
     Equivalent to `100 * rapidfuzz.distance.Levenshtein.distance(hypothesis, reference) / len(reference)`.
     """
+    return [_rate(*pair) for pair in zip(_edits(hypotheses, references), map(len, references), strict=True)]
+
+
+def corpus_edit_rate(hypotheses: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]) -> float:
+    """The edits of `edit_rates` of all sentences together per 100 words of all references (word error rate)."""
+    return _rate(sum(_edits(hypotheses, references)), sum(map(len, references)))
+
+
+def _edits(hypotheses: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]) -> list[int]:
     if len(hypotheses) != len(references):
         raise ValueError(
             f"hypotheses and references must have the same length; got {len(hypotheses)} and {len(references)}"
@@ -23,7 +32,8 @@ def edit_rates(hypotheses: Sequence[Sequence[Hashable]], references: Sequence[Se
     edits = []
     for a, b in batches(hypotheses, references):
         edits += edit_distance(a, b, pad_id=PAD, impl=impl()).tolist()
-    return [
-        100 * count / len(row) if len(row) > 0 else 100.0 * (count > 0)
-        for count, row in zip(edits, references, strict=True)
-    ]
+    return edits
+
+
+def _rate(edits: int, words: int) -> float:
+    return 100 * edits / words if words > 0 else 100.0 * (edits > 0)

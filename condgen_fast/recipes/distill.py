@@ -111,26 +111,26 @@ def store_top_k(options: Distill, model: Transformer, vocabulary: Vocabulary, ra
     data = ParallelDataset.encode(source, target, vocabulary, max_length=model.max_positions - 1)
     lengths = np.zeros(len(target), dtype=np.int64)  # lines that the teacher cannot read keep 0
     lengths[data.lines] = data.target_lengths - 1
-    writer = TeacherStoreWriter.open(
+    with TeacherStoreWriter.open(
         options.output, k=options.store_top_k, vocab_size=len(vocabulary), vocabulary=vocabulary.fingerprint,
         teacher=fingerprint(model), temperature=options.store_temperature, source=source, target=target,
         lengths=lengths, rank=rank, world_size=world_size,
-    )  # fmt: skip
-    place = {line: i for i, line in enumerate(data.lines.tolist())}
-    missing = [place[line] for line in writer.missing()]
-    longest = np.maximum(data.source_lengths, data.target_lengths)
-    device = next(model.parameters()).device
-    with tqdm(total=len(missing), unit="sentence", disable=rank != 0) as bar:
-        for rows in batches_by_length(longest[missing].tolist(), options.max_tokens):
-            chosen = [missing[i] for i in rows]
-            batch = data.batch(chosen).to(device)
-            read, real = batch.target[:, :-1], batch.target[:, 1:] != model.pad_id
-            logits = model.project(model(batch.source, batch.source_lengths, read)[real])
-            log_probs = (logits.float() / options.store_temperature).log_softmax(-1)
-            top = log_probs.topk(options.store_top_k)
-            writer.append(data.lines[chosen], top.indices, top.values)
-            bar.update(len(rows))
-    if world_size > 1:
-        dist.barrier()
-    if rank == 0:
-        writer.finish(options.output)
+    ) as writer:  # fmt: skip
+        place = {line: i for i, line in enumerate(data.lines.tolist())}
+        missing = [place[line] for line in writer.missing()]
+        longest = np.maximum(data.source_lengths, data.target_lengths)
+        device = next(model.parameters()).device
+        with tqdm(total=len(missing), unit="sentence", disable=rank != 0) as bar:
+            for rows in batches_by_length(longest[missing].tolist(), options.max_tokens):
+                chosen = [missing[i] for i in rows]
+                batch = data.batch(chosen).to(device)
+                read, real = batch.target[:, :-1], batch.target[:, 1:] != model.pad_id
+                logits = model.project(model(batch.source, batch.source_lengths, read)[real])
+                log_probs = (logits.float() / options.store_temperature).log_softmax(-1)
+                top = log_probs.topk(options.store_top_k)
+                writer.append(data.lines[chosen], top.indices, top.values)
+                bar.update(len(rows))
+        if world_size > 1:
+            dist.barrier()
+        if rank == 0:
+            writer.finish(options.output)

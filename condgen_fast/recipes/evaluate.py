@@ -1,7 +1,12 @@
-"""Score a model, or a file of translations, on a test set: BLEU, chrF and TER with their signatures.
+"""Score a model, or a file of translations, on a test set.
 
-condgen-fast evaluate --model runs/teacher --source test.en --reference test.de --strategy beam
-condgen-fast evaluate --hypotheses test.out --reference test.de
+  condgen-fast evaluate --model runs/teacher --source test.en --reference test.de --strategy beam
+  condgen-fast evaluate --hypotheses test.out --reference test.de
+
+BLEU, chrF, TER   score of the whole set, and its signature (sacrebleu)
+edits             words to insert, delete or replace per 100 words of the references, of the whole set (TER without
+                  block shifts, but with case); then the median of the sentences' own rates, and how many need no edit
+repeated tokens   share of words that repeat the word before them
 """
 
 from __future__ import annotations
@@ -9,9 +14,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from condgen_fast.data.text import read_parallel
 from condgen_fast.metrics.bleu import bleu, chrf, ter
+from condgen_fast.metrics.edit_rate import corpus_edit_rate, edit_rates
 from condgen_fast.metrics.repetition import repeated_token_rate
 from condgen_fast.models.checkpoint import load_model
 from condgen_fast.recipes.evaluation import DecodingOptions, translate_lines
@@ -20,7 +27,7 @@ from condgen_fast.recipes.training import choose_device
 
 @dataclass(kw_only=True)
 class Evaluate(DecodingOptions):
-    """Score translations against references."""
+    """Score translations against references: BLEU, chrF, TER, word edit rates, repeated words."""
 
     reference: Path
     """reference translations, one a line"""
@@ -56,4 +63,11 @@ def main(options: Evaluate) -> None:
         )  # fmt: skip
     for score in (bleu(outputs, references), chrf(outputs, references), ter(outputs, references)):
         print(f"{score.name:<5} {score.score:6.2f}   {score.signature}")
-    print(f"repeated tokens {100 * repeated_token_rate([line.split() for line in outputs]):.2f} %")
+    words = [line.split() for line in outputs]
+    of_references = [line.split() for line in references]
+    rates = edit_rates(words, of_references)
+    print(
+        f"edits {corpus_edit_rate(words, of_references):6.2f}   sentences: median {median(rates or [0]):.2f},"
+        f" {100 * rates.count(0) / max(len(rates), 1):.1f} % need none"
+    )
+    print(f"repeated tokens {100 * repeated_token_rate(words):.2f} %")

@@ -8,10 +8,9 @@ from dataclasses import dataclass, fields
 from tqdm import tqdm
 
 from condgen_fast._check import check_number
-from condgen_fast.data.batching import ParallelDataset, pad_sequences
+from condgen_fast.data.batching import pad_sequences
 from condgen_fast.data.vocabulary import Vocabulary
 from condgen_fast.decode import Hypotheses, decode
-from condgen_fast.metrics.bleu import bleu
 from condgen_fast.models.checkpoint import kind
 from condgen_fast.models.layers import EncoderDecoder
 
@@ -125,12 +124,3 @@ def translate_lines(
                 outputs[i] = text
             bar.update(len(batch))
     return outputs
-
-
-def bleu_of(
-    model: EncoderDecoder, vocabulary: Vocabulary, data: ParallelDataset, strategy: object, **options: object
-) -> float:
-    """BLEU of a strategy's output on a data set against the data set's own target text."""
-    references = vocabulary.decode(data.target)
-    outputs = translate_lines(model, vocabulary, vocabulary.decode(data.source), strategy, **options)
-    return bleu(outputs, references).score

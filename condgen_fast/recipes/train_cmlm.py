@@ -17,7 +17,6 @@ from condgen_fast._check import check_number
 from condgen_fast.decode import MaskPredict
 from condgen_fast.losses.cmlm import cmlm_loss
 from condgen_fast.models.cmlm import CMLM, CMLMConfig
-from condgen_fast.recipes.evaluation import bleu_of
 from condgen_fast.recipes.training import ModelOptions, Run, TrainingOptions, initialize, prepare_data
 
 
@@ -32,9 +31,13 @@ class TrainCMLM(ModelOptions, TrainingOptions):
     valid_iterations: int = 4
     """Mask-Predict iterations of the validation BLEU"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.length_weight, "length_weight", minimum=0)
+        check_number(self.valid_iterations, "valid_iterations", minimum=1, integer=True)
+
 
 def main(options: TrainCMLM) -> None:
-    check_number(options.length_weight, "length_weight", minimum=0)
     vocabulary, train, valid = prepare_data(options)
     torch.manual_seed(options.seed)
     model = CMLM(CMLMConfig(**options.model_fields(), vocab_size=len(vocabulary)))
@@ -46,5 +49,5 @@ def main(options: TrainCMLM) -> None:
     run = Run(options, model, vocabulary, loss)
     for batch in run.batches(train):
         if run.step(batch):
-            run.save(run.valid_loss(valid) | {"valid_bleu": bleu_of(run.model, vocabulary, valid, strategy)})
+            run.save(run.validate(valid, strategy))
     run.finish()

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from condgen_fast._check import check_number
 from condgen_fast.decode import LevenshteinRefinement
 from condgen_fast.losses.levenshtein import Policy, levenshtein_loss
 from condgen_fast.models.levenshtein import LevenshteinConfig, LevenshteinTransformer
-from condgen_fast.recipes.evaluation import bleu_of
 from condgen_fast.recipes.training import ModelOptions, Run, TrainingOptions, initialize, prepare_data
 
 
@@ -44,15 +44,22 @@ class TrainLevenshtein(ModelOptions, TrainingOptions):
     initialize_from: Path | None = None
     """model folder (an autoregressive teacher of the same shape) whose weights of the same name are the start"""
 
+    config_class = LevenshteinConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "beta", "full_mask", "initial_noise"):
+            check_number(getattr(self, name), name, minimum=0, maximum=1)
+
+    def model_fields(self) -> dict[str, object]:
+        own = ("share_decoder", "deletion_layers", "insertion_layers")
+        return super().model_fields() | {name: getattr(self, name) for name in own}
+
 
 def main(options: TrainLevenshtein) -> None:
     vocabulary, train, valid = prepare_data(options)
     torch.manual_seed(options.seed)
-    config = LevenshteinConfig(
-        **options.model_fields(), vocab_size=len(vocabulary), share_decoder=options.share_decoder,
-        deletion_layers=options.deletion_layers, insertion_layers=options.insertion_layers,
-    )  # fmt: skip
-    model = LevenshteinTransformer(config)
+    model = LevenshteinTransformer(LevenshteinConfig(**options.model_fields(), vocab_size=len(vocabulary)))
     if options.initialize_from is not None:
         initialize(model, vocabulary, options.initialize_from)
     policy = Policy(options.alpha, options.beta, options.full_mask, options.initial_noise)
@@ -61,7 +68,5 @@ def main(options: TrainLevenshtein) -> None:
     run = Run(options, model, vocabulary, loss)
     for batch in run.batches(train):
         if run.step(batch):
-            run.save(
-                run.valid_loss(valid) | {"valid_bleu": bleu_of(run.model, vocabulary, valid, LevenshteinRefinement())}
-            )
+            run.save(run.validate(valid, LevenshteinRefinement()))
     run.finish()

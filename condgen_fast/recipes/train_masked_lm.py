@@ -17,7 +17,6 @@ import torch
 from condgen_fast.decode import BlockDiffusion
 from condgen_fast.losses.masked_lm import masked_lm_loss
 from condgen_fast.models.masked_lm import MaskedLM, MaskedLMConfig
-from condgen_fast.recipes.evaluation import bleu_of
 from condgen_fast.recipes.training import ModelOptions, Run, TrainingOptions, prepare_data
 
 
@@ -32,17 +31,21 @@ class TrainMaskedLM(ModelOptions, TrainingOptions):
     valid_threshold: float = 0.9
     """confidence threshold of the validation BLEU's decoding"""
 
+    config_class = MaskedLMConfig
+
+    def model_fields(self) -> dict[str, object]:
+        return super().model_fields() | {"block_length": self.block_length}
+
 
 def main(options: TrainMaskedLM) -> None:
     strategy = BlockDiffusion(threshold=options.valid_threshold)
     vocabulary, train, valid = prepare_data(options)
     torch.manual_seed(options.seed)
-    config = MaskedLMConfig(**options.model_fields(), vocab_size=len(vocabulary), block_length=options.block_length)
-    model = MaskedLM(config)
+    model = MaskedLM(MaskedLMConfig(**options.model_fields(), vocab_size=len(vocabulary)))
     loss = partial(masked_lm_loss, label_smoothing=options.label_smoothing)
 
     run = Run(options, model, vocabulary, loss)
     for batch in run.batches(train):
         if run.step(batch):
-            run.save(run.valid_loss(valid) | {"valid_bleu": bleu_of(run.model, vocabulary, valid, strategy)})
+            run.save(run.validate(valid, strategy))
     run.finish()

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,13 +27,12 @@ from condgen_fast.data.teacher_store import TeacherStore
 from condgen_fast.data.text import read_parallel
 from condgen_fast.data.vocabulary import Vocabulary
 from condgen_fast.losses.d2gpo import SHAPES, d2gpo_loss, d2gpo_prior, read_embeddings
-from condgen_fast.models.checkpoint import kind, load_model
+from condgen_fast.models.checkpoint import fingerprint, kind, load_model
 from condgen_fast.models.layers import EncoderDecoder, TransformerConfig
 from condgen_fast.models.transformer import Transformer
 from condgen_fast.ops import LabelPrior, TopK, kd_loss
 from condgen_fast.ops.kd_loss.checks import DIVERGENCES
 from condgen_fast.ops.kd_loss.teachers import TAILS
-from condgen_fast.recipes.evaluation import bleu_of
 from condgen_fast.recipes.training import ModelOptions, Run, TrainingOptions, choose_device, prepare_data
 
 
@@ -105,6 +105,7 @@ def main(options: TrainTransformer) -> None:
     torch.manual_seed(options.seed)
     model = Transformer(TransformerConfig(**options.model_fields(), vocab_size=len(vocabulary)))
     teacher = store = prior = None
+    followed = ""  # its fingerprint
     if options.teacher is not None:
         teacher = load_same_vocabulary(options.teacher, "teacher", vocabulary)
         if kind(teacher) != "transformer":
@@ -117,10 +118,12 @@ def main(options: TrainTransformer) -> None:
             )
         if options.top_k is not None:
             check_number(options.top_k, "top_k", minimum=1, maximum=len(vocabulary), integer=True)
+        followed = fingerprint(teacher)
     if options.teacher_store is not None:
         store = open_store(options, vocabulary, train)
+        followed = store.fingerprint
     if options.d2gpo_embeddings is not None:
-        prior = build_prior(options, vocabulary)
+        prior, followed = build_prior(options, vocabulary)
 
     def distillation_teacher(model: Transformer, batch: ParallelBatch, read: Tensor, real: Tensor):
         """What the real positions are to be distilled from, and its own temperature; None for labels alone."""
@@ -158,10 +161,10 @@ def main(options: TrainTransformer) -> None:
         )  # fmt: skip
         return {"loss": value}
 
-    run = Run(options, model, vocabulary, loss)
+    run = Run(options, model, vocabulary, loss, followed)
     for batch in run.batches(train):
         if run.step(batch):
-            run.save(run.valid_loss(valid) | {"valid_bleu": bleu_of(run.model, vocabulary, valid, "greedy")})
+            run.save(run.validate(valid, "greedy"))
     run.finish()
 
 
@@ -188,16 +191,17 @@ def open_store(options: TrainTransformer, vocabulary: Vocabulary, train: Paralle
     return store
 
 
-def build_prior(options: TrainTransformer, vocabulary: Vocabulary) -> LabelPrior:
-    """The D2GPo prior from a trained model's embeddings, or from given vectors."""
+def build_prior(options: TrainTransformer, vocabulary: Vocabulary) -> tuple[LabelPrior, str]:
+    """The D2GPo prior from a trained model's embeddings, or from given vectors, and their fingerprint."""
     path = options.d2gpo_embeddings
     if path.is_file():
         embeddings = read_embeddings(path, vocabulary.pieces(range(len(vocabulary))))
     else:
         model = load_same_vocabulary(path, "d2gpo_embeddings", vocabulary)
         embeddings = model.decoder.embedding.tokens.weight.detach()
-    return d2gpo_prior(
+    prior = d2gpo_prior(
         embeddings.to(choose_device(options.device)), width=options.d2gpo_width, shape=options.d2gpo_shape,
         sigma=options.d2gpo_sigma, temperature=options.d2gpo_temperature, truncate=options.d2gpo_truncate,
         unlisted=(vocabulary.pad_id, vocabulary.unk_id, vocabulary.bos_id, vocabulary.mask_id),
     )  # fmt: skip
+    return prior, hashlib.sha256(embeddings.float().numpy().tobytes()).hexdigest()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,10 @@ from condgen_fast._check import check_number
 from condgen_fast.data.batching import ParallelBatch, ParallelDataset, token_batches
 from condgen_fast.data.text import read_parallel
 from condgen_fast.data.vocabulary import Vocabulary
+from condgen_fast.metrics.bleu import bleu
 from condgen_fast.models.checkpoint import load_model, load_weights, read_tensors, save_model
-from condgen_fast.models.layers import SIZES, EncoderDecoder
+from condgen_fast.models.layers import SIZES, EncoderDecoder, TransformerConfig
+from condgen_fast.recipes.evaluation import translate_lines
 
 
 @dataclass(kw_only=True)
@@ -119,6 +122,12 @@ class ModelOptions:
     norm: str = "pre"
     """pre or post: where the LayerNorm stands"""
 
+    config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config_class(vocab_size=1, **self.model_fields())  # a shape that cannot be is refused before text is read
+
     def model_fields(self) -> dict[str, object]:
         """Fields of the model's config: the named size, with single numbers replaced where an option is given."""
         if self.size not in SIZES:
@@ -183,10 +192,13 @@ class Run:
     """One training run in its folder.
 
     `model` may come initialised from another; `loss(model, batch)` returns named losses, their sum under "loss".
+    `teacher` is a fingerprint of what the loss reads beside the batch, which must be the same when a run goes on.
     """
 
-    def __init__(self, options: TrainingOptions, model: EncoderDecoder, vocabulary: Vocabulary, loss: Callable):
-        self.options, self.vocabulary = options, vocabulary
+    def __init__(
+        self, options: TrainingOptions, model: EncoderDecoder, vocabulary: Vocabulary, loss: Callable, teacher: str = ""
+    ):
+        self.options, self.vocabulary, self._teacher = options, vocabulary, teacher
         self.rank, self.world_size = start_process_group()
         if options.max_length + 1 > model.max_positions:
             raise ValueError(
@@ -261,20 +273,37 @@ class Run:
         return self.update % options.save_every == 0 or self.update == options.updates
 
     @torch.no_grad()
-    def valid_loss(self, data: ParallelDataset) -> dict[str, float]:
-        """Mean of every named loss over a data set, in eval mode, with the same noise every time."""
+    def validate(self, data: ParallelDataset, strategy: object) -> dict[str, float]:
+        """Mean of every named loss over a data set, in eval mode, and BLEU of a strategy's output on it.
+
+        The processes share the batches and the sentences; what they find does not depend on their number.
+        """
         self.model.eval()
-        loss, sums, count = _Loss(self.model, self._inner.loss), {}, 0
+        loss = _Loss(self.model, self._inner.loss)
         plan = token_batches(
             data.source_lengths, data.target_lengths, max_tokens=self.options.max_tokens, seed=0, epoch=0, shuffle=False
         )
-        torch.manual_seed(0)
-        for indices in plan:
+        losses: dict[int, dict[str, float]] = {}
+        for number in range(self.rank, len(plan), self.world_size):
+            torch.manual_seed(number)  # the same noise every time
             with self._autocast:
-                for name, value in loss(data.batch(indices).to(self.device)).items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
-            count += len(indices)
-        return {f"valid_{name}": value / count for name, value in sums.items()}
+                found = loss(data.batch(plan[number]).to(self.device))
+            losses[number] = {name: float(value) for name, value in found.items()}
+        mine, sources = range(self.rank, len(data), self.world_size), self.vocabulary.decode(data.source)
+        texts = translate_lines(self.model, self.vocabulary, [sources[i] for i in mine], strategy)
+        outputs = dict(zip(mine, texts, strict=True))
+        if self.world_size > 1:
+            parts: list = [None] * self.world_size
+            dist.all_gather_object(parts, (losses, outputs))
+            losses = {key: value for theirs, _ in parts for key, value in theirs.items()}
+            outputs = {key: value for _, theirs in parts for key, value in theirs.items()}
+        count = sum(map(len, plan))
+        measures = {
+            f"valid_{name}": sum(losses[n][name] * len(rows) for n, rows in enumerate(plan)) / count
+            for name in losses[0]
+        }
+        references = self.vocabulary.decode(data.target)
+        return measures | {"valid_bleu": bleu([outputs[i] for i in range(len(data))], references).score}
 
     @property
     def _inner(self) -> _Loss:
@@ -301,7 +330,7 @@ class Run:
             for key, value in state.items()
         }
         state = {"update": self.update, "seconds": self._seconds, "rows": self.rows, "options": _plain(self.options)}
-        state |= {"text": self._text, "processes": self.world_size}
+        state |= {"text": self._text, "teacher": self._teacher, "processes": self.world_size}
         folder = self._checkpoints / f"step-{self.update:08d}"
         save_model(folder, self.model, self.vocabulary, extra=moments, state=state)
         for old in self.checkpoints()[: -self.options.average]:  # never half a folder under a checkpoint's name
@@ -349,6 +378,8 @@ class Run:
         trained_with = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocabulary"]
         if state["text"] != self._text or trained_with != self.vocabulary.fingerprint:
             raise ValueError(f"resume: the text or the vocabulary is not the one that {folder} was trained with")
+        if state.get("teacher", "") != self._teacher:
+            raise ValueError(f"resume: the teacher, its store or the embeddings are not what {folder} was trained with")
         if state["processes"] != self.world_size:
             raise ValueError(f"resume: {folder} was trained by {state['processes']} processes; got {self.world_size}")
         load_weights(self.model, folder / "model.safetensors")

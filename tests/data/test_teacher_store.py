@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -38,10 +40,10 @@ def fill(writer: TeacherStoreWriter, lines: list[int]) -> None:
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "store"
-    writer = begin(path)
-    fill(writer, [3, 0])
-    fill(writer, [1])
-    writer.finish(path)
+    with begin(path) as writer:
+        fill(writer, [3, 0])
+        fill(writer, [1])
+        writer.finish(path)
     return path
 
 
@@ -146,20 +148,20 @@ def test_damage_is_refused(written):
 
 def test_a_store_is_whole_or_not_there(tmp_path):
     path = tmp_path / "store"
-    writer = begin(path)
-    assert writer.missing() == [0, 1, 3]
-    fill(writer, [1])
-    assert not path.exists()
-    with pytest.raises(ValueError, match="not complete: 2 of 4 lines are missing, the first of them line 1"):
-        writer.finish(path)
+    with begin(path) as writer:
+        assert writer.missing() == [0, 1, 3]
+        fill(writer, [1])
+        assert not path.exists()
+        with pytest.raises(ValueError, match="not complete: 2 of 4 lines are missing, the first of them line 1"):
+            writer.finish(path)
     assert not path.exists()
     for left_over in (tmp_path / "store.parts" / "records",):
         with pytest.raises(ValueError, match="is not a teacher store"):
             TeacherStore(left_over)
-    again = begin(path)
-    assert again.missing() == [0, 3]
-    fill(again, [0, 3])
-    again.finish(path)
+    with begin(path) as again:
+        assert again.missing() == [0, 3]
+        fill(again, [0, 3])
+        again.finish(path)
     assert TeacherStore(path).read([0, 1, 2, 3])[0].shape == (9, 4)
     with pytest.raises(ValueError, match="exists; use another"):
         begin(path)
@@ -168,9 +170,9 @@ def test_a_store_is_whole_or_not_there(tmp_path):
 @pytest.mark.parametrize("cut", [1, 5, 20, 40])
 def test_an_entry_cut_off_by_a_kill_is_done_again(tmp_path, cut):
     path = tmp_path / "store"
-    writer = begin(path)
-    fill(writer, [0])
-    fill(writer, [1])
+    with begin(path) as writer:
+        fill(writer, [0])
+        fill(writer, [1])
     journal = tmp_path / "store.parts" / "rank-0.done"
     os.truncate(journal, journal.stat().st_size - 1 - cut)
     again = begin(path)
@@ -183,10 +185,10 @@ def test_an_entry_cut_off_by_a_kill_is_done_again(tmp_path, cut):
 
 def test_processes_share_the_lines(tmp_path):
     path = tmp_path / "store"
-    first, second = begin(path, 0, 2), begin(path, 1, 2)
-    assert (first.missing(), second.missing()) == ([0], [1, 3])
-    fill(second, [3])
-    fill(first, [0])
+    with begin(path, 0, 2) as first, begin(path, 1, 2) as second:
+        assert (first.missing(), second.missing()) == ([0], [1, 3])
+        fill(second, [3])
+        fill(first, [0])
     alone = begin(path)  # their number may change
     assert alone.missing() == [1]
     fill(alone, [1])
@@ -194,9 +196,32 @@ def test_processes_share_the_lines(tmp_path):
     assert TeacherStore(path).lengths.sum() == 9
 
 
+def test_one_process_at_a_time_writes_a_share(tmp_path):
+    path = tmp_path / "store"
+    with begin(path) as writer:
+        for world_size in (1, 2):
+            with pytest.raises(ValueError, match="store.parts is being written by another process"):
+                begin(path, 0, world_size)
+        fill(writer, [0])
+    holder = (
+        "import sys, time; from condgen_fast.data.files import lock\n"
+        "held = lock(sys.argv[1], 'held'); print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "store.parts" / "rank-0.lock")], stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match="is being written by another process"):
+            begin(path)
+        process.kill()  # which gives the lock back
+    with begin(path) as writer:
+        assert writer.missing() == [1, 3]
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path):
     path = tmp_path / "store"
-    fill(begin(path), [0])
+    with begin(path) as writer:
+        fill(writer, [0])
     for change in ({"k": 5}, {"teacher": "other"}, {"temperature": 1.0}, {"vocabulary": "x"}, {"target": SOURCE}):
         with pytest.raises(ValueError, match=f"was begun with {next(iter(change))} "):
             begin(path, **change)

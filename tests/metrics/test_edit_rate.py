@@ -5,7 +5,7 @@ import random
 import pytest
 from rapidfuzz.distance import Levenshtein
 
-from condgen_fast.metrics import edit_rates, remove_repeats, repetitions, ter
+from condgen_fast.metrics import corpus_edit_rate, edit_rates, remove_repeats, repetitions, ter
 
 
 def test_by_hand():
@@ -22,6 +22,8 @@ def test_by_hand():
     assert edit_rates(hypotheses, references) == [0, 25, 50, 200, 100, 100, 0]
     assert edit_rates([[7, 8]], [[7, 9]]) == [50]
     assert edit_rates([], []) == []
+    assert corpus_edit_rate(hypotheses, references) == 100 * (0 + 1 + 1 + 2 + 2 + 2 + 0) / 13
+    assert corpus_edit_rate([], []) == 0 and corpus_edit_rate([["a"]], [[]]) == 100
 
 
 def test_many_lines_and_the_bound_on_ter():

@@ -187,6 +187,37 @@ def test_every_option_trains(train_arguments, store_arguments, teacher, tmp_path
         assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
+    train_arguments, store_arguments, teacher, tmp_path, capsys
+):
+    """Its folder, its store or the file of embeddings was replaced in place."""
+    folder, store, vectors = tmp_path / "teacher", tmp_path / "store", tmp_path / "vectors.txt"
+    model, vocabulary = load_model(teacher)
+    save_model(folder, model, vocabulary)
+    assert main(store_arguments(store)) == 0
+    pieces = vocabulary.pieces(range(len(vocabulary)))
+    vectors.write_text("".join(f"{piece} {i} 1\n" for i, piece in enumerate(pieces)), encoding="utf-8")
+    runs = {
+        name: train_arguments("transformer", tmp_path / name, updates=2, vocabulary=teacher / "vocab.model", **options)
+        for name, options in {
+            "kd": {"teacher": folder}, "from-store": {"teacher_store": store}, "d2gpo": {"d2gpo_embeddings": vectors},
+        }.items()
+    }  # fmt: skip
+    for arguments in runs.values():
+        assert main(arguments) == 0
+        assert main([*arguments, "--resume"]) == 0
+    with torch.no_grad():
+        model.decoder.embedding.tokens.weight[5] += 1
+    save_model(folder, model, vocabulary)
+    store.unlink()
+    assert main(store_arguments(store, model=folder)) == 0
+    vectors.write_text(vectors.read_text(encoding="utf-8").replace(" 7 1\n", " 7 2\n"), encoding="utf-8")
+    for arguments in runs.values():
+        capsys.readouterr()
+        assert main([*arguments, "--resume"]) == 1
+        assert "resume: the teacher, its store or the embeddings are not what" in capsys.readouterr().err
+
+
 def test_a_killed_store_goes_on_and_is_the_same(store_arguments, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(store_arguments(whole, max_tokens=20)) == 0

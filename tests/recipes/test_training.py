@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -156,6 +157,50 @@ def test_two_processes_train_and_agree(train_arguments, tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+VALIDATION = """
+import json, sys
+from condgen_fast.decode import MaskPredict
+from condgen_fast.losses.cmlm import cmlm_loss
+from condgen_fast.models.cmlm import CMLM, CMLMConfig
+from condgen_fast.recipes import training
+from condgen_fast.recipes.train_cmlm import TrainCMLM
+import tyro, torch
+options = tyro.cli(TrainCMLM, args=sys.argv[2:])
+vocabulary, _, valid = training.prepare_data(options)
+torch.manual_seed(1)
+model = CMLM(CMLMConfig(**options.model_fields(), vocab_size=len(vocabulary)))
+run = training.Run(options, model, vocabulary, cmlm_loss)
+seen, real = [], training.translate_lines
+def counted(model, vocabulary, lines, *rest):
+    seen.extend(lines)
+    return real(model, vocabulary, lines, *rest)
+training.translate_lines = counted
+measures = run.validate(valid, MaskPredict(iterations=2))
+with open(f"{sys.argv[1]}.{run.rank}", "w") as file:
+    json.dump([measures, len(seen)], file)
+"""
+
+
+def test_processes_share_the_validation(train_arguments, tmp_path):
+    """Each has a part of the sentences, all know the same whole, and it is that of one process."""
+    (tmp_path / "script.py").write_text(VALIDATION)
+    options = {"max-tokens": 40, "vocabulary-size": 60}
+    found = {}
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619"]
+        command = launch if processes == 2 else [sys.executable]
+        arguments = train_arguments("cmlm", tmp_path / f"run-{processes}", **options)[2:]
+        result = subprocess.run(
+            [*command, str(tmp_path / "script.py"), str(tmp_path / f"of-{processes}"), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        found[processes] = [json.loads((tmp_path / f"of-{processes}.{r}").read_text()) for r in range(processes)]
+    [(alone, count)] = found[1]
+    assert count == 20 and set(alone) >= {"valid_loss", "valid_bleu"}
+    assert found[2] == [[alone, 10], [alone, 10]]
+
+
 def test_word_level_distillation_and_warm_starts_use_the_teacher(train_arguments, tmp_path):
     assert main(train_arguments("transformer", tmp_path / "teacher")) == 0
     vocabulary = {"vocabulary": tmp_path / "teacher" / "vocab.model"}
@@ -205,7 +250,23 @@ def test_bad_options_are_refused(change, message, train_arguments, tmp_path, cap
     except SystemExit as stopped:  # refused while the command line is read
         status = stopped.code
     assert status in (1, 2)
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())  # which is broken into lines
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("transformer", {"heads": 3}, "width must be a multiple of heads=3; got 16"),
+        ("masked_lm", {"block-length": 0}, "block_length must be >= 1; got 0"),
+        ("levenshtein", {"insertion-layers": 2}, "insertion_layers must be in [1, decoder_layers=1]; got 2"),
+        ("levenshtein", {"beta": 1.5}, "beta must be in [0, 1]; got 1.5"),
+        ("cmlm", {"valid-iterations": 0}, "valid_iterations must be >= 1; got 0"),
+    ],
+)
+def test_what_no_model_can_be_is_refused_before_text_is_read(kind, change, message, train_arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(train_arguments(kind, tmp_path / "run", source="missing.src", **change))
+    assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_unknown_option_names_the_nearest(train_arguments, tmp_path, capsys):

@@ -181,8 +181,22 @@ def test_distillation_refuses_to_mix_options(teacher, corpus, tmp_path, capsys):
     assert "strategy" in capsys.readouterr().err
 
 
+def test_evaluate_prints_edit_rates(tmp_path, capsys):
+    (tmp_path / "out").write_text("a b c d\na x\n\nd d e\n")
+    (tmp_path / "reference").write_text("a b c d\na b\nc\nd e\n")
+    assert main(["evaluate", "--hypotheses", str(tmp_path / "out"), "--reference", str(tmp_path / "reference")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["BLEU", "chrF", "TER", "edits", "repeated"]
+    assert printed[3:] == ["edits  33.33   sentences: median 50.00, 25.0 % need none", "repeated tokens 11.11 %"]
+    for name in ("out", "reference"):
+        (tmp_path / name).write_text("")
+    assert main(["evaluate", "--hypotheses", str(tmp_path / "out"), "--reference", str(tmp_path / "reference")]) == 0
+    assert "edits   0.00   sentences: median 0.00, 0.0 % need none" in capsys.readouterr().out
+
+
 def test_evaluate_scores_a_file_against_itself(corpus, capsys):
     reference = str(corpus / "valid.trg")
     assert main(["evaluate", "--hypotheses", reference, "--reference", reference]) == 0
-    assert "BLEU  100.00" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "BLEU  100.00" in printed and "edits   0.00   sentences: median 0.00, 100.0 % need none\n" in printed
     assert main(["evaluate", "--reference", reference]) == 1
