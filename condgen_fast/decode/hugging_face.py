@@ -108,7 +108,8 @@ class HuggingFaceModel(nn.Module):
         config = getattr(model, "config", None)
         if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generation_config"):
             raise TypeError(
-                f"model must be a transformers encoder-decoder with a language-model head; got {type(model).__name__}"
+                "model must be a transformers encoder-decoder with a language-model head; a masked language model needs"
+                f" mask_id; got {type(model).__name__}"
             )
         self.model = model
         generation = model.generation_config

@@ -40,7 +40,7 @@ class HuggingFaceMaskedModel(nn.Module):
         return self.model(input_ids=tokens, attention_mask=(tokens != self.pad_id).long(), return_dict=True).logits
 
     def _id(self, value: Any, name: str) -> int:
-        if not isinstance(value, int) or not 0 <= value < self.vocab_size:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.vocab_size:
             raise ValueError(f"{name} must be given as an id in [0, {self.vocab_size - 1}]; got {value!r}")
         return value
 

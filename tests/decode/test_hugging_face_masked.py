@@ -87,6 +87,13 @@ def test_ids_come_from_the_config_or_are_given(model):
         adapt(model, mask_id=MASK)
     with pytest.raises(ValueError, match=r"mask_id must be given as an id in \[0, 39\]; got 40"):
         adapt(model, mask_id=40)
+    with pytest.raises(ValueError, match=r"mask_id must be given as an id in \[0, 39\]; got True"):
+        adapt(model, mask_id=True)
+
+
+def test_without_mask_id_the_refusal_says_what_is_missing(model):
+    with pytest.raises(TypeError, match="encoder-decoder .*; a masked language model needs mask_id; got .*ForMaskedLM"):
+        adapt(model)
 
 
 def test_canvases_fit_the_positions(model):
