@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 from condgen_fast._check import check_choice, check_number, check_token_ids
 from condgen_fast.decode.canvas import PROJECTED_ROWS, mean_log_prob
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.left_to_right import check_due, never_generated, worth_leaving
+from condgen_fast.decode.left_to_right import never_generated
+from condgen_fast.decode.left_to_right import worth_leaving as worth_moving
 from condgen_fast.decode.protocols import MaskedModel
 from condgen_fast.decode.sampling import mixed
 from condgen_fast.decode.trace import Recorder
+from condgen_fast.decode.unattended import Running, on_device, repeated, worth_leaving
 from condgen_fast.ops.refinement import RowStats, commit, row_stats
 
 # Where none is given: a probability, a difference of probabilities, and nats.
@@ -37,8 +41,11 @@ class _Canvases:
     passes: Tensor  # int64 [R], passes in which the canvas had masks to fill
     keys: Tensor  # int64 [R], of the random draws
 
+    def names(self) -> list[str]:
+        return [f.name for f in fields(self) if f.name != "prefix"]
+
     def select(self, model: MaskedModel, index: Tensor) -> _Canvases:
-        values = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "prefix"}
+        values = {name: getattr(self, name)[index] for name in self.names()}
         return _Canvases(None if self.prefix is None else model.select(self.prefix, index), **values)
 
 
@@ -110,7 +117,7 @@ class BlockDiffusion:
             )
 
     def run(self, model: MaskedModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
-        """Decode source int64 [B, S] with source_lengths [B]; on a GPU one synchronisation every few passes."""
+        """Decode source int64 [B, S] with source_lengths [B]; on a GPU it always has a pass to work on."""
         batch, device = source.shape[0], source.device
         length = self._block_length(model)
         now, seed = self._start(model, source, source_lengths, length), self._seed()
@@ -122,23 +129,50 @@ class BlockDiffusion:
         if recorder:
             recorder.record(0, "start", list(range(batch)), now.tokens, now.log_probs, now.tokens != model.pad_id)
         # Each pass fills a mask of every sentence that has one, or finishes a block of it.
-        for step in range(int(blank.sum(1).max()) + (0 if now.prefix is None else -(-width // length))):
-            if check_due(step - 1, device):
-                running = (now.tokens == model.mask_id).any(1)
-                left = int(running.sum())
-                if left == 0:
-                    break
-                if worth_leaving(left, len(running)):
-                    final_tokens[now.rows], final_log_probs[now.rows] = now.tokens, now.log_probs
-                    passes[now.rows] = now.passes
-                    now = now.select(model, running.nonzero()[:, 0])
-            committed = self._pass(model, now, length, seed)
+        unfinished, once = Running(device), None
+        for _ in range(int(blank.sum(1).max()) + (0 if now.prefix is None else -(-width // length))):
+            flags = unfinished.one_behind((now.tokens == model.mask_id).any(1))
+            if flags is not None and not any(flags):
+                break
+            if flags is not None and self._leaves(sum(flags), now, device):
+                final_tokens[now.rows], final_log_probs[now.rows] = now.tokens, now.log_probs
+                passes[now.rows] = now.passes
+                left = [i for i, runs in enumerate(flags) if runs]
+                now, once, unfinished = now.select(model, on_device(left, device)), None, Running(device)
             if recorder:
+                committed = self._pass(model, now, length, seed)
                 for count in now.passes.unique().tolist():
                     touched = committed & (now.passes == count)[:, None]
                     recorder.record(count, "commit", now.rows.tolist(), now.tokens, now.log_probs, touched)
+                continue
+            if once is None:
+                once = self._repeated(model, now, length, seed)
+            once()
         final_tokens[now.rows], final_log_probs[now.rows], passes[now.rows] = now.tokens, now.log_probs, now.passes
         return self._result(model, blank, final_tokens, final_log_probs, passes, recorder)
+
+    def _leaves(self, left: int, now: _Canvases, device: torch.device) -> bool:
+        if device.type == "cpu":  # where moving prefixes is all that it costs
+            return worth_moving(left, len(now.rows))
+        return worth_leaving(left, *now.tokens.shape, device)
+
+    def _repeated(self, model: MaskedModel, now: _Canvases, length: int, seed: int) -> Callable[[], object]:
+        """One pass, again and again; draws, which take a generator, are not captured."""
+        device = now.tokens.device
+        if _counted_by_host(device) or self.temperature > 0:
+            return partial(self._pass, model, now, length, seed)
+        for name in now.names():  # memory of their own
+            setattr(now, name, getattr(now, name).clone())
+        return repeated(model, partial(self._pass_in_place, model, now, length, seed), device)
+
+    def _pass_in_place(self, model: MaskedModel, now: _Canvases, length: int, seed: int) -> None:
+        """`_pass`, whose results are then where they were before."""
+        places = {name: getattr(now, name) for name in now.names()}
+        self._pass(model, now, length, seed)
+        for name, place in places.items():
+            if getattr(now, name) is not place:
+                place.copy_(getattr(now, name))
+                setattr(now, name, place)
 
     def _block_length(self, model: MaskedModel) -> int:
         own = getattr(model, "block_length", None)
@@ -245,7 +279,7 @@ class BlockDiffusion:
             entered = start != now.block
             now.planned = torch.where(entered, open_.sum(1), now.planned)
             now.done = torch.where(entered, 0, now.done + 1)
-            now.block = start
+            now.block = start.clone()  # which may be `kept` itself
             steps = self.steps or length
             limit = {"quota": now.planned // steps + (now.done < now.planned % steps)}
         written = commit(stats, canvas, maskable=open_, policy=self.policy, minimum=self.minimum, **limit)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.canvas import between, hypotheses, initial_canvas, mean_log_prob, predict, true_positions
-from condgen_fast.decode.captured import Captured
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, worth_leaving
+from condgen_fast.decode.unattended import Running, on_device, repeated, worth_leaving
 
 
 @dataclass
@@ -120,10 +119,10 @@ class IterativeRefinement:
                 iterations = iterations.index_copy(0, now.rows, now.rounds)
                 left = [i for i, runs in enumerate(flags) if runs]
                 active = [active[i] for i in left]
-                now, once = now.select(model, on_device(left, device)), None
+                now, once, unfinished = now.select(model, on_device(left, device)), None, Running(device)
             if once is None:
                 where = true_positions(now.inside, sum(counts[row] for row in active))
-                once = Captured(partial(self._round, model, now, where), device)
+                once = repeated(model, partial(self._round, model, now, where), device)
             before = (now.tokens.clone(), now.running.clone()) if recorder else None
             once()
             if recorder:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from condgen_fast._check import check_number
 from condgen_fast.decode.canvas import between, fill, hypotheses, initial_canvas, mean_log_prob
-from condgen_fast.decode.captured import Captured
 from condgen_fast.decode.edits import Results, Sentences, delete, deletions, end_cycles, insert
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, worth_leaving
+from condgen_fast.decode.unattended import Running, on_device, repeated, worth_leaving
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,8 @@ class LevenshteinRefinement:
         unfinished, edit, write = Running(device), None, None
         for iteration in range(1, self.max_iterations + 1):
             if edit is None:
-                edit = Captured(partial(self._edit_in_place, model, now), device)
-                write = Captured(partial(_fill_in_place, model, now), device)
+                edit = repeated(model, partial(self._edit_in_place, model, now), device)
+                write = repeated(model, partial(_fill_in_place, model, now), device)
             if iteration == 1 and self.initial is None:
                 self._edit_in_place(model, now, deletes=False)
             else:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.canvas import between, fill, hypotheses, mean_log_prob, true_positions
-from condgen_fast.decode.captured import Captured
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import LAUNCH_BOUND
+from condgen_fast.decode.unattended import LAUNCH_BOUND, repeated
 from condgen_fast.ops.refinement import remask
 
 
@@ -83,7 +82,7 @@ class MaskPredict:
             now = _InPlace(
                 memory, tokens, log_probs, maskable, counts, torch.zeros(1, dtype=torch.int64, device=device)
             )
-            once = Captured(partial(_round, model, now), device)
+            once = repeated(model, partial(_round, model, now), device)
             for _ in range(sum(any(row) for row in schedule)):
                 once()
         else:

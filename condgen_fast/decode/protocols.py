@@ -6,6 +6,9 @@ Two optional attributes are used where a model has them: `max_positions` (int, t
 included) and `device` (where `source` is put; without it, where the model's first parameter is). A FillModel or
 EditModel may offer `fill_states(tokens, memory)` [B, L, D] with `project(states)` [..., V], which together are `fill`:
 then only the positions that are read are projected to the vocabulary. The same holds of a MaskedModel.
+A FillModel, EditModel or MaskedModel may say that it is `capturable`: true where, on a GPU, the methods that take a
+canvas neither wait for the device nor depend on anything but their arguments' values, so that a loop's passes become a
+CUDA graph.
 An EditModel whose deletion and placeholder head read the same states may say so: `shares_edit_states` true,
 `edit_states(tokens, memory)` [B, L, D], `delete_head(states)`, `insert_head(states)`; then a canvas from which nothing
 was deleted is passed through once.

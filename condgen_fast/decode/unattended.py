@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from condgen_fast.decode.captured import Captured
 
 # Canvas positions up to which the kernels of a decoder's pass take less time than launching them: a base-size pass is
 # about 170 launches of 4 to 5 microseconds, and each position in it 25 million multiplications.
@@ -37,7 +42,7 @@ class Running:
         return self._flags.tolist()
 
     def one_behind(self, running: Tensor) -> list[bool] | None:
-        """On the CPU `running`; on a GPU what the call before was given, None at the first."""
+        """On the CPU `running`; on a GPU what the call before was given, of the same rows, None at the first."""
         flags = self.read() if self._event is not None else None
         self.ask(running)
         return flags if self._gpu else self.read()
@@ -48,6 +53,11 @@ def worth_leaving(left: int, rows: int, width: int, device: torch.device) -> boo
     if device.type == "cpu":
         return left < rows
     return left <= rows // 2 and rows * width > LAUNCH_BOUND
+
+
+def repeated(model: Any, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What calls `function` again and again, captured where the model says that this can be done with its passes."""
+    return Captured(function, device) if getattr(model, "capturable", False) else function
 
 
 def on_device(index: list[int], device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ class CMLM(EncoderDecoder):
     """Encoder, bidirectional decoder over a canvas with masks, and a head that predicts the target's length."""
 
     config_class = CMLMConfig
+    capturable = True
 
     def __init__(self, config: CMLMConfig):
         super().__init__(config)

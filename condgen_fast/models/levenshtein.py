@@ -46,6 +46,7 @@ class LevenshteinTransformer(EncoderDecoder):
     """Encoder and bidirectional decoder with the three heads pi_del, pi_plh and pi_tok of the paper."""
 
     config_class = LevenshteinConfig
+    capturable = True
 
     def __init__(self, config: LevenshteinConfig):
         super().__init__(config)

@@ -36,6 +36,7 @@ class MaskedLM(nn.Module):
     """One bidirectional or block-causal Transformer stack over prompt and masks, with tied embeddings."""
 
     config_class = MaskedLMConfig
+    capturable = True
 
     def __init__(self, config: MaskedLMConfig):
         super().__init__()

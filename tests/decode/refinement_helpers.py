@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from condgen_fast.decode.unattended import Running
+
 PAD, UNK, BOS, EOS, MASK, FIRST = 0, 1, 2, 3, 4, 5  # ordinary tokens start at FIRST; UNK is ordinary too
 Canvas = list[int]
 
@@ -181,3 +183,12 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
         return func(*args, **(kwargs or {}))
+
+
+class Lagging(Running):
+    """What the host learns of a GPU, on the CPU: `one_behind` is one behind."""
+
+    def one_behind(self, running: Tensor) -> list[bool] | None:
+        flags = None if self._flags is None else self.read()
+        self.ask(running.clone())
+        return flags

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from masked_models import (
     ALL_POLICIES,
     POLICIES,
 )
-from refinement_helpers import MASK, HostReads
+from refinement_helpers import MASK, Lagging
 
 from condgen_fast.decode import BlockDiffusion, block_diffusion, decode
 from condgen_fast.models.masked_lm import MaskedLM, MaskedLMConfig
@@ -49,36 +52,58 @@ def test_the_prefix_cache_changes_nothing_but_the_work(policy, block_causal, mon
 
 @ALL_POLICIES
 @pytest.mark.parametrize("cache", [True, False])
-def test_on_a_gpu_the_same_result_comes_without_a_host_read_in_a_pass(policy, cache, block_causal, monkeypatch):
-    """The path that a GPU takes, here on the CPU: blocks are projected whole, the host asks every eighth pass."""
+@pytest.mark.parametrize(("temperature", "leaving"), [(0.0, False), (0.0, True), (1.0, True)])
+def test_as_a_gpu_runs_it_the_result_is_the_same(policy, cache, temperature, leaving, block_causal, monkeypatch):
+    """Blocks are projected whole, tensors stay where they are, and the host is a pass behind."""
     sources = [[5, 6, 7], [8] * 9, [9, 10, MASK, 11, MASK, MASK], [6] * 5, [MASK] * 3, [7] * 12]
-    options = dict(max_length=13, policy=policy, temperature=1.0, seed=1, prefix_cache=cache, **POLICIES[policy])
-
-    def reads(prompts):
-        with HostReads() as host:
-            result = decode(block_causal, prompts, BlockDiffusion(**options))
-        return result, host.count
-
-    plain, _ = reads(sources)
+    options = dict(max_length=13, policy=policy, temperature=temperature, seed=1, prefix_cache=cache)
+    strategy = BlockDiffusion(**options, **POLICIES[policy])
+    plain = decode(block_causal, sources, strategy)
     monkeypatch.setattr(block_diffusion, "_counted_by_host", lambda device: False)
-    monkeypatch.setattr(block_diffusion, "check_due", lambda step, device: (step + 1) % 8 == 0)
-    monkeypatch.setattr(
-        block_causal, "extend", lambda *call: extend_without_reading(block_causal, *call), raising=False
-    )
-    result, count = reads(sources)
+    monkeypatch.setattr(block_diffusion, "Running", Lagging)
+    monkeypatch.setattr(BlockDiffusion, "_leaves", lambda self, left, now, _: leaving and left < len(now.rows))
+    result = decode(block_causal, sources, strategy)
     assert torch.equal(result.tokens, plain.tokens) and torch.equal(result.iterations, plain.iterations)
     torch.testing.assert_close(result.token_log_probs, plain.token_log_probs)
-    few = {**options, "max_length": 1}
-    with HostReads() as host:
-        decode(block_causal, sources, BlockDiffusion(**few))
-    # 13 masks are 12 passes more, and cached blocks further ones; two reads at each check.
-    assert count <= host.count + 2 * 3
 
 
-def extend_without_reading(model, tokens, start, prefix):
-    """`extend` with what it asks of the host (how far keys are needed, on the CPU) answered beforehand."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        return MaskedLM.extend(model, tokens, start, prefix)
+@torch.no_grad()
+@ALL_POLICIES
+@pytest.mark.parametrize("cache", [True, False])
+def test_no_pass_waits(policy, cache, monkeypatch):
+    with fake_gpu(monkeypatch) as device:
+        config = MaskedLMConfig(vocab_size=40, width=32, feed_forward=64, encoder_layers=2, heads=2, block_length=4)
+        model = MaskedLM(config).eval().to(device)
+        ids, rows = (
+            torch.empty(3, 16, dtype=torch.int64, device=device),
+            torch.empty(3, dtype=torch.int64, device=device),
+        )
+        state = dict.fromkeys(("rows", "given", "kept", "block", "planned", "done", "passes", "keys"), rows)
+        log_probs = torch.empty(3, 16, device=device)
+        prefix = model.prefix(3, 16) if cache else None
+        now = block_diffusion._Canvases(prefix=prefix, tokens=ids, log_probs=log_probs, **state)
+        strategy = BlockDiffusion(policy=policy, **POLICIES[policy])
+        strategy._repeated(model, now, 4, 0)
+        assert len({id(getattr(now, name)) for name in now.names()}) == len(now.names())
+        before = {name: getattr(now, name) for name in now.names()}
+        strategy._pass_in_place(model, now, 4, 0)
+        assert all(getattr(now, name) is value for name, value in before.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@ALL_POLICIES
+@pytest.mark.parametrize("cache", [True, False])
+def test_captured_equals_not_captured_equals_the_cpu(policy, cache, block_causal, monkeypatch):
+    sources = [[5, 6, 7], [8] * 9, [9, 10, MASK, 11, MASK, MASK], [6] * 5, [MASK] * 3, [7] * 12]
+    strategy = BlockDiffusion(max_length=13, policy=policy, prefix_cache=cache, **POLICIES[policy])
+    results = [decode(block_causal, sources, strategy)]
+    model = copy.deepcopy(block_causal).cuda()
+    for capturable in (True, False):
+        monkeypatch.setattr(MaskedLM, "capturable", capturable)
+        results.append(decode(model, sources, strategy))
+    for result in results[1:]:
+        assert result.to_lists() == results[0].to_lists()
+        assert result.iterations.tolist() == results[0].iterations.tolist()
 
 
 def test_only_masks_of_the_block_are_projected(block_causal, monkeypatch):

@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, MASK, PAD, RandomModel, ScriptedModel
+from refinement_helpers import BOS, EOS, MASK, PAD, Lagging, RandomModel, ScriptedModel
 
 from condgen_fast.decode import IterativeRefinement, decode, iterative_refinement
-from condgen_fast.decode.unattended import Running
 
 
 def scripted(next_output, length=3, **options):
@@ -114,12 +113,6 @@ def test_a_batch_equals_one_by_one_and_no_special_is_written(sources, window, ma
 def test_on_a_gpu_the_host_is_one_round_behind_and_the_result_is_the_same(monkeypatch):
     """Finished sentences stay as they are in the round that runs while the host hears of them."""
 
-    class Lagging(Running):
-        def one_behind(self, running):
-            flags = None if self._flags is None else self.read()
-            self.ask(running.clone())
-            return flags
-
     model = scripted(lambda sentence, output: [8, 7, 9] if output is None else [min(t + 1, sentence) for t in output])
     plain = decode(model, [[9], [25], [16]], IterativeRefinement(max_iterations=30, trace=True))
     assert model.rows_seen == [3] * 4 + [2] * 7 + [1] * 9
@@ -129,7 +122,7 @@ def test_on_a_gpu_the_host_is_one_round_behind_and_the_result_is_the_same(monkey
     assert torch.equal(plain.tokens, behind.tokens) and torch.equal(plain.token_log_probs, behind.token_log_probs)
     assert plain.iterations.tolist() == behind.iterations.tolist() == [4, 20, 11]
     assert plain.trace == behind.trace
-    assert model.rows_seen == [3] * 5 + [2] * 7 + [1] * 9
+    assert model.rows_seen == [3] * 5 + [2] * 7 + [1] * 9  # beyond the last, in which nothing changes
 
 
 def test_scores_are_those_of_the_last_round():
