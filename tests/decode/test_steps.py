@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_gpu import Launches, fake_gpu
+from replayed import replayed
 
 from condgen_fast.decode import BeamSearch, Greedy, Sampling, beam_search, decode, left_to_right
 from condgen_fast.decode.steps import Steps
@@ -12,6 +13,7 @@ from condgen_fast.models import compiled
 from condgen_fast.models.layers import TransformerConfig
 from condgen_fast.models.reserved import ReservedState
 from condgen_fast.models.transformer import Transformer
+from condgen_fast.ops.transformer import attention
 
 STRATEGIES = [
     Greedy(),
@@ -45,21 +47,43 @@ def sources(count):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_steps_in_place_find_the_same(model, strategy, monkeypatch):
+def test_replayed_steps_find_the_same(model, strategy, monkeypatch):
+    """Every call of the captured piece but two of each shape is a replay, in which no Python of it runs."""
     source = sources(16)
     expected = decode(model, source, strategy)
     rows, step = [], ReservedState.step
-    for module in (left_to_right, beam_search):
-        monkeypatch.setattr(module, "may_capture", lambda device: True)
     monkeypatch.setattr(ReservedState, "step", lambda *a: rows.append(len(a[2])) or step(*a))
-    found = decode(model, source, strategy)
+    with replayed(monkeypatch, left_to_right, beam_search) as recordings:
+        found = decode(model, source, strategy)
     assert found.to_lists() == expected.to_lists()
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
-    assert rows[0] == 16 and rows[-1] < 16 and len(rows) >= int(expected.iterations.max())
-    handle = model.decoder.layers[0].register_forward_hook(lambda *_: None)  # no step in place
-    rows.clear()
-    assert decode(model, source, strategy).to_lists() == expected.to_lists() and not rows
+    assert len(recordings) > 1 and rows[0] == 16 and rows[-1] < 16  # sentences have left, others been captured anew
+    assert len(rows) <= 2 * len(recordings) + 1 < int(expected.iterations.max())
+
+
+def test_hooks_run_at_every_step(model, monkeypatch):
+    source, calls = sources(4), []
+    expected = decode(model, source, "beam")
+    handle = model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with replayed(monkeypatch, beam_search, left_to_right) as recordings:
+        for strategy in ("beam", "greedy"):
+            decode(model, source, strategy)
+        assert decode(model, source, "beam").to_lists() == expected.to_lists()
     handle.remove()
+    assert not recordings
+
+
+@pytest.mark.parametrize("strategy", [Greedy(max_length=9), BeamSearch(beam_size=2, max_length=7)], ids=str)
+def test_replayed_kernels_find_the_same(model, strategy, monkeypatch):
+    """The Triton kernels, interpreted, in a whole search."""
+    model, source = model.float(), sources(3)
+    expected = decode(model, source, strategy)
+    monkeypatch.setattr(attention, "_plain", lambda impl, query: False)
+    with replayed(monkeypatch, left_to_right, beam_search) as recordings:
+        found = decode(model, source, strategy)
+    assert found.to_lists() == expected.to_lists()
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    assert any("target_attention" in str(call[0]) for call in recordings[0].calls)
 
 
 @torch.no_grad()
