@@ -1,13 +1,11 @@
-// Products of a few rows with a matrix of weights, which are read where they lie.
+// Products of rows with a matrix of weights, which are read where they lie.
 //
-// The rows are the lanes: those of a block of kLanes rows stand side by side for each input, and each weight is
-// broadcast to them. So a matrix as torch keeps it, outputs by inputs, needs no repacking (a copy that would have to
-// follow every change of the weights); and every output is the sum of the same chains of kDepth multiply-adds along the
-// inputs, in order, whichever tile it is computed in.
+// The outputs are the lanes: squares of kLanes outputs by kLanes inputs are transposed on their way from memory, and
+// the rows' inputs are broadcast to them. So a matrix as torch keeps it, outputs by inputs, needs no repacking (a copy
+// that would have to follow every change of the weights). Every output is the sum of the same chains of kDepth
+// multiply-adds along the inputs, in order, whichever tile it is computed in.
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "lanes.h"
@@ -15,84 +13,36 @@
 namespace condgen_fast::transformer::CONDGEN_FAST_ISA {
 namespace {
 
-constexpr int64_t kDepth = 256;               // inputs of a panel that are copied at a time
-constexpr int64_t kPitch = kDepth + 16;       // floats from one of its rows to the next: spread over the cache's sets
+constexpr int64_t kDepth = 256;               // inputs of a chain
 constexpr int64_t kPackedBytes = 512 * 1024;  // of rows at a time, half of a common L2 cache
 constexpr int64_t kMostRows = 256;
-constexpr int kTile = 12;                         // outputs of a tile of one block
-constexpr int kPairTile = kLanes == 16 ? 12 : 6;  // of a tile of two: accumulators take most of the registers
-constexpr int64_t kStep = 16;                     // inputs between prefetches: floats of a cache line
-// Weights are fetched this many bytes ahead, in the order of memory: a tile reads twelve rows at once, which the
+// Rows that multiply a square of weights as soon as it is transposed; more need it again, from a copy.
+constexpr int64_t kFew = kLanes == 16 ? 12 : kLanes;
+constexpr int64_t kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;  // accumulators take most of the registers
+constexpr int kTileVectors = 2;
+constexpr int64_t kTileOutputs = kTileVectors * kLanes;
+// Weights are fetched this many squares ahead, in the order of their use: a square reads kLanes rows at once, which the
 // processor's own prefetching does not follow at the speed of memory.
-constexpr uintptr_t kAhead = 32 * 1024;
+constexpr int64_t kAhead = 16;
 
-// out[output][row] += sum over inputs of weights * x for a tile of kBlocks blocks of rows by kOutputs outputs
-//   x        [kBlocks][x_block]: [depth][kLanes] each
-//   weights  [kOutputs][pitch]
-//   out      [kOutputs][out_pitch], blocks side by side; begins at zero where `first`
-//   fetched  where the weights begin that are fetched meanwhile, as many as this tile's; 0: none
-template <int kBlocks, int kOutputs>
-inline void tile(const float* x, int64_t x_block, const float* weights, int64_t pitch, int64_t depth, bool first,
-                 float* out, int64_t out_pitch, uintptr_t fetched) {
-  Vec sum[kOutputs][kBlocks];
-#pragma GCC unroll 12
-  for (int j = 0; j < kOutputs; ++j) {
-#pragma GCC unroll 2
-    for (int b = 0; b < kBlocks; ++b) {
-      sum[j][b] = Vec(Floats{});
-    }
-  }
-  const float* row[kOutputs];
-#pragma GCC unroll 12
-  for (int j = 0; j < kOutputs; ++j) row[j] = weights + j * pitch;
-  const auto add = [&](int64_t k) {
-    Vec value[kBlocks];
-#pragma GCC unroll 2
-    for (int b = 0; b < kBlocks; ++b) value[b] = simd::load(x + b * x_block + k * kLanes);
-#pragma GCC unroll 12
-    for (int j = 0; j < kOutputs; ++j) {
-      const Vec weight = broadcast(row[j][k]);
-#pragma GCC unroll 2
-      for (int b = 0; b < kBlocks; ++b) sum[j][b] = fma(weight, value[b], sum[j][b]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + kStep <= depth; k += kStep) {
-    if (fetched != 0) {
-#pragma GCC unroll 12
-      for (int j = 0; j < kOutputs; ++j) {
-        __builtin_prefetch(reinterpret_cast<const void*>(fetched + (k * kOutputs + j * kStep) * 4), 0, 2);
-      }
-    }
+// Lane j of square[i] is the weight of output j and input i, for `outputs` and `inputs` of them
+template <class T>
+inline void load_square(const T* weights, int64_t pitch, int64_t outputs, int64_t inputs, Vec (&square)[kLanes]) {
+  if (outputs >= kLanes && inputs >= kLanes) {
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kStep; ++i) add(k + i);
-  }
-  for (; k < depth; ++k) add(k);
-#pragma GCC unroll 12
-  for (int j = 0; j < kOutputs; ++j) {
-#pragma GCC unroll 2
-    for (int b = 0; b < kBlocks; ++b) {
-      float* to = out + j * out_pitch + b * kLanes;
-      simd::store(to, first ? sum[j][b] : simd::load(to) + sum[j][b]);
+    for (int64_t j = 0; j < kLanes; ++j) square[j] = simd::load(weights + j * pitch);
+  } else {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      square[j] = j < outputs ? simd::load_first(weights + j * pitch, std::min(inputs, kLanes), 0.0f) : Vec(Floats{});
     }
   }
+  transpose(square);
 }
 
-// packed [blocks][width][kLanes] of rows [count, width]; the last block is filled up with zeros
-void pack(const float* rows, int64_t count, int64_t width, float* packed) {
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const int64_t lanes = std::min(kLanes, count - first);
-    for (int64_t k = 0; k < width; k += kLanes) {
-      Vec square[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        square[i] = i < lanes ? load_up_to(rows + (first + i) * width + k, width - k) : Vec(Floats{});
-      }
-      transpose(square);
-      for (int64_t i = 0; i < std::min(kLanes, width - k); ++i) {
-        simd::store(packed + first * width + (k + i) * kLanes, square[i]);
-      }
-    }
-  }
+// Fetches the square at an address, which may lie beyond the weights; `pitch` in bytes.
+inline void fetch_square(uintptr_t address, int64_t pitch) {
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < kLanes; ++j) __builtin_prefetch(reinterpret_cast<const void*>(address + j * pitch), 0, 0);
 }
 
 // 0.5 x (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun 7.1.26, within 1.5e-7
@@ -108,83 +58,187 @@ Vec gelu(Vec x) {
   return x * Vec(0.5f) * simd::select(x < zero, rest, Vec(2.0f) - rest);
 }
 
-// The rows [first, first + count) of a panel's outputs, from sums [outputs][blocks * kLanes]
-void unpack(const LinearArguments& arguments, const float* sums, int64_t pitch, int64_t first, int64_t count,
-            int64_t output, int64_t outputs) {
-  const int64_t width = arguments.weight.rows;
-  for (int64_t block = 0; block < count; block += kLanes) {
-    for (int64_t j = 0; j < outputs; j += kLanes) {
-      const int64_t columns = std::min(kLanes, outputs - j);
-      Vec square[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        square[i] = i < columns ? simd::load(sums + (j + i) * pitch + block) : Vec(Floats{});
+// Outputs [output, output + kLanes) of a row, as far as there are so many
+inline void finish(const LinearArguments& arguments, int64_t row, int64_t output, Vec sum) {
+  const int64_t width = arguments.weight.rows, count = width - output;
+  Vec y = sum + (arguments.bias == nullptr ? Vec(Floats{}) : load_up_to(arguments.bias + output, count));
+  if (arguments.activation == Activation::kRelu) y = simd::max(Vec(Floats{}), y);
+  if (arguments.activation == Activation::kGelu) y = gelu(y);
+  float* out = arguments.out + row * width + output;
+  if (arguments.add) y = y + load_up_to(out, count);
+  store_up_to(out, y, count);
+}
+
+// --- A few rows ------------------------------------------------------------------------------------------------------
+
+// Outputs [begin, end) of kRows rows from row `first` on; x [inputs][kRows]
+template <int kRows, class T>
+void few_rows(const LinearArguments& arguments, const T* weights, const float* x, int64_t first, int64_t begin,
+              int64_t end) {
+  const int64_t inputs = arguments.weight.columns;
+  for (int64_t output = begin; output < end; output += kLanes) {
+    const T* row = weights + output * inputs;
+    const int64_t outputs = end - output, pitch = inputs * sizeof(T);
+    Vec total[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) total[r] = Vec(Floats{});
+    for (int64_t start = 0; start < inputs; start += kDepth) {
+      Vec sum[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] = Vec(Floats{});
+      for (int64_t k = start; k < std::min(inputs, start + kDepth); k += kLanes) {
+        const int64_t depth = std::min(kLanes, inputs - k);
+        // beyond the end of its row is the next, which is read already: that kLanes below it begins
+        const uintptr_t fetched = reinterpret_cast<uintptr_t>(row + k) + kAhead * kLanes * sizeof(T);
+        fetch_square(k + kAhead * kLanes < inputs ? fetched : fetched + (kLanes - 1) * pitch, pitch);
+        Vec square[kLanes];
+        load_square(row + k, inputs, outputs, depth, square);
+        if (depth == kLanes) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) sum[r] = fma(broadcast(x[(k + i) * kRows + r]), square[i], sum[r]);
+          }
+        } else {
+          for (int i = 0; i < depth; ++i) {
+            for (int r = 0; r < kRows; ++r) sum[r] = fma(broadcast(x[(k + i) * kRows + r]), square[i], sum[r]);
+          }
+        }
       }
-      transpose(square);
-      const Vec bias = arguments.bias == nullptr ? Vec(Floats{}) : load_up_to(arguments.bias + output + j, columns);
-      for (int64_t i = 0; i < std::min(kLanes, count - block); ++i) {
-        Vec y = square[i] + bias;
-        if (arguments.activation == Activation::kRelu) y = simd::max(Vec(Floats{}), y);
-        if (arguments.activation == Activation::kGelu) y = gelu(y);
-        float* out = arguments.out + (first + block + i) * width + output + j;
-        if (arguments.add) y = y + load_up_to(out, columns);
-        store_up_to(out, y, columns);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) total[r] = start == 0 ? sum[r] : total[r] + sum[r];
+    }
+    for (int r = 0; r < kRows; ++r) finish(arguments, first + r, output, total[r]);
+  }
+}
+
+// --- Many rows -------------------------------------------------------------------------------------------------------
+
+// Lines of memory that a tile fetches while it computes: one of each of `rows` rows every kLanes inputs
+struct Fetched {
+  uintptr_t first;
+  int64_t rows, pitch, step;  // in bytes
+};
+
+// sums[row][output] += sum over inputs of weights * x for kRows rows by kTileVectors vectors of outputs
+//   x        [depth][kRows]
+//   weights  [depth][kTileOutputs]
+//   sums     [kRows][kPanel]; begins at zero where `first`
+template <int kRows>
+void tile(const float* x, const float* weights, int64_t depth, bool first, float* sums, const Fetched& fetched) {
+  Vec sum[kRows][kTileVectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Vec(Floats{});
+  }
+  const auto add = [&](int64_t k) {
+    Vec weight[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) weight[v] = simd::load(weights + k * kTileOutputs + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = broadcast(x[k * kRows + r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    for (int64_t j = 0; j < fetched.rows; ++j) {
+      __builtin_prefetch(reinterpret_cast<const void*>(fetched.first + j * fetched.pitch + k * fetched.step), 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kLanes; ++i) add(k + i);
+  }
+  for (; k < depth; ++k) add(k);
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = sums + r * kPanel + v * kLanes;
+      simd::store(to, first ? sum[r][v] : simd::load(to) + sum[r][v]);
+    }
+  }
+}
+
+template <int kRows = kTileRows>
+void tile_of(int64_t rows, const float* x, const float* weights, int64_t depth, bool first, float* sums,
+             const Fetched& fetched) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_of<kRows - 1>(rows, x, weights, depth, first, sums, fetched);
+  }
+  tile<kRows>(x, weights, depth, first, sums, fetched);
+}
+
+struct Scratch {
+  std::vector<float> packed, panel = std::vector<float>(kDepth * kPanel), sums;
+};
+
+// The first row of a tile, of `tiles` over `rows`
+int64_t tile_start(int64_t rows, int64_t tiles, int64_t tile) { return rows * tile / tiles; }
+
+// Outputs [begin, end) of rows [first, first + rows); x: tile after tile [inputs][rows of the tile]
+template <class T>
+void many_rows(const LinearArguments& arguments, const T* weights, Scratch& scratch, int64_t first, int64_t rows,
+               int64_t tiles, int64_t begin, int64_t end) {
+  const int64_t inputs = arguments.weight.columns;
+  float *panel = scratch.panel.data(), *sums = scratch.sums.data();
+  const float* x = scratch.packed.data();
+  for (int64_t output = begin; output < end; output += kPanel) {
+    const int64_t outputs = std::min(kPanel, end - output);
+    for (int64_t start = 0; start < inputs; start += kDepth) {
+      const int64_t depth = std::min(kDepth, inputs - start);
+      const T* from = weights + output * inputs + start;
+      for (int64_t j = 0; j < kPanel; j += kLanes) {
+        float* to = panel + j / kTileOutputs * kDepth * kTileOutputs + j % kTileOutputs;
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          Vec square[kLanes];
+          load_square(from + j * inputs + k, inputs, outputs - j, depth - k, square);
+          const int64_t count = std::min(kLanes, depth - k);
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLanes; ++i) {
+            if (i < count) simd::store(to + (k + i) * kTileOutputs, square[i]);
+          }
+        }
+      }
+      // meanwhile what is needed next: a row's next inputs, then the next panel
+      const bool last = start + kDepth >= inputs;
+      const uintptr_t next = reinterpret_cast<uintptr_t>(from) + (last ? kPanel * inputs - start : kDepth) * sizeof(T);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = tile_start(rows, tiles, t), count = tile_start(rows, tiles, t + 1) - row;
+        const int64_t line = kPanel * t / tiles, lines = kPanel * (t + 1) / tiles - line, pitch = inputs * sizeof(T);
+        const Fetched fetched{next + line * pitch, lines, pitch, sizeof(T)};
+        for (int64_t j = 0; j < outputs; j += kTileOutputs) {
+          tile_of(count, x + row * inputs + start * count, panel + j * kDepth, depth, start == 0,
+                  sums + row * kPanel + j, j == 0 ? fetched : Fetched{});
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < outputs; j += kLanes) {
+        finish(arguments, first + row, output + j, simd::load(sums + row * kPanel + j));
       }
     }
   }
 }
 
-struct Scratch {
-  std::vector<float> packed, panel = std::vector<float>(kPanel * kPitch), sums;
-};
-
-template <class T>
-void product(const LinearArguments& arguments, const T* weights, Scratch& scratch, int64_t first, int64_t count,
-             int64_t begin, int64_t end) {
-  const int64_t inputs = arguments.weight.columns, outputs = arguments.weight.rows;
-  const int64_t blocks = (count + kLanes - 1) / kLanes, pitch = blocks * kLanes;
-  const float* x = scratch.packed.data();
-  float* sums = scratch.sums.data();
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t output = panel * kPanel, width = std::min(kPanel, outputs - output);
-    const T* rows = weights + output * inputs;
-    uintptr_t next = 0, fetched = std::is_same_v<T, float> ? reinterpret_cast<uintptr_t>(rows) + kAhead : 0;
-    if constexpr (std::is_same_v<T, float>) {
-      if (blocks == 1 && width == kPanel) {  // each weight is needed once: not worth a copy
-        for (int64_t j = 0; j < kPanel; j += kTile) {
-          for (int64_t k = 0; k < inputs; k += kDepth) {
-            const int64_t depth = std::min(kDepth, inputs - k);
-            tile<1, kTile>(x + k * kLanes, 0, rows + j * inputs + k, inputs, depth, k == 0, sums + j * pitch, pitch,
-                           fetched);
-            fetched += kTile * depth * sizeof(T);
-          }
-        }
-        unpack(arguments, sums, pitch, first, count, output, width);
-        continue;
-      }
-    }
-    float* copy = scratch.panel.data();
-    for (int64_t k = 0; k < inputs; k += kDepth) {
-      const int64_t depth = std::min(kDepth, inputs - k);
-      for (int64_t j = 0; j < width; ++j) copy_row(rows + j * inputs + k, depth, copy + j * kPitch);
-      for (int64_t j = width; j < kPanel; ++j) std::fill_n(copy + j * kPitch, depth, 0.0f);
-      for (int64_t b = 0; b < blocks; b += 2) {
-        const float* block = x + (b * inputs + k) * kLanes;
-        const bool pair = b + 1 < blocks;
-        for (int64_t j = 0; j < width; j += pair ? kPairTile : kTile) {
-          float* to = sums + j * pitch + b * kLanes;
-          if (pair) {
-            tile<2, kPairTile>(block, inputs * kLanes, copy + j * kPitch, kPitch, depth, k == 0, to, pitch, fetched);
-          } else {
-            tile<1, kTile>(block, 0, copy + j * kPitch, kPitch, depth, k == 0, to, pitch, fetched);
-          }
-          if (fetched != 0) fetched += (pair ? kPairTile : kTile) * depth * sizeof(T);
-        }
-        if (b == 0) next = std::exchange(fetched, 0);
-      }
-      fetched = next;
-    }
-    unpack(arguments, sums, pitch, first, count, output, width);
+// packed [width][count] of rows [count <= kLanes, width]; up to kLanes floats behind it are overwritten
+void pack(const float* rows, int64_t count, int64_t width, float* packed) {
+  for (int64_t k = 0; k < width; k += kLanes) {
+    Vec square[kLanes];
+    load_square(rows + k, width, count, width - k, square);
+    for (int64_t i = 0; i < std::min(kLanes, width - k); ++i) simd::store(packed + (k + i) * count, square[i]);
   }
+}
+
+template <int kRows = kFew, class T>
+void few_rows_of(int64_t rows, const LinearArguments& arguments, const T* weights, const float* x, int64_t first,
+                 int64_t begin, int64_t end) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return few_rows_of<kRows - 1>(rows, arguments, weights, x, first, begin, end);
+  }
+  few_rows<kRows>(arguments, weights, x, first, begin, end);
 }
 
 }  // namespace
@@ -192,16 +246,27 @@ void product(const LinearArguments& arguments, const T* weights, Scratch& scratc
 void linear(const LinearArguments& arguments, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   const int64_t inputs = arguments.weight.columns;
-  const int64_t fitting = kPackedBytes / 4 / inputs / (2 * kLanes) * (2 * kLanes);
-  const int64_t most = std::clamp(fitting, 2 * kLanes, kMostRows);
+  const int64_t first_output = begin * kPanel, last_output = std::min(end * kPanel, arguments.weight.rows);
+  const int64_t fitting = kPackedBytes / 4 / inputs;
+  const int64_t most = std::clamp(fitting, 2 * kTileRows, kMostRows);
   for (int64_t first = 0; first < arguments.rows; first += most) {
-    const int64_t count = std::min(most, arguments.rows - first);
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    if (static_cast<int64_t>(scratch.packed.size()) < padded * inputs) scratch.packed.resize(padded * inputs);
-    if (static_cast<int64_t>(scratch.sums.size()) < kPanel * padded) scratch.sums.resize(kPanel * padded);
-    pack(arguments.in + first * inputs, count, inputs, scratch.packed.data());
-    with_weights(arguments.weight,
-                 [&](auto* weights) { product(arguments, weights, scratch, first, count, begin, end); });
+    const int64_t rows = std::min(most, arguments.rows - first);
+    const bool few = rows <= kFew;
+    const int64_t tiles = few ? 1 : (rows + kTileRows - 1) / kTileRows;
+    const int64_t needed = rows * inputs + kLanes;
+    if (static_cast<int64_t>(scratch.packed.size()) < needed) scratch.packed.resize(needed);
+    if (static_cast<int64_t>(scratch.sums.size()) < kPanel * rows) scratch.sums.resize(kPanel * rows);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = tile_start(rows, tiles, t), count = tile_start(rows, tiles, t + 1) - row;
+      pack(arguments.in + (first + row) * inputs, count, inputs, scratch.packed.data() + row * inputs);
+    }
+    with_weights(arguments.weight, [&](auto* weights) {
+      if (few) {
+        few_rows_of(rows, arguments, weights, scratch.packed.data(), first, first_output, last_output);
+      } else {
+        many_rows(arguments, weights, scratch, first, rows, tiles, first_output, last_output);
+      }
+    });
   }
 }
 

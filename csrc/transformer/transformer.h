@@ -28,7 +28,7 @@ struct LinearArguments {
   bool add;
   float* out;  // [rows, outputs]
 };
-constexpr int64_t kPanel = 24;  // outputs that are computed together; threads share a product by panels
+constexpr int64_t kPanel = 32;  // outputs that are computed together; threads share a product by panels
 
 // out = weight * (in - mean) / sqrt(variance + epsilon) + bias, row by row; out may be in
 struct NormArguments {
