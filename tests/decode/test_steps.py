@@ -7,7 +7,7 @@ import torch
 from fake_gpu import Launches, fake_gpu
 from replayed import replayed
 
-from condgen_fast.decode import BeamSearch, Greedy, Sampling, beam_search, decode, left_to_right
+from condgen_fast.decode import BeamSearch, Greedy, Sampling, Trie, beam_search, decode, left_to_right
 from condgen_fast.decode.steps import Steps
 from condgen_fast.models import compiled
 from condgen_fast.models.layers import TransformerConfig
@@ -23,6 +23,24 @@ STRATEGIES = [
     BeamSearch(beam_size=1, stopping="first"),
     BeamSearch(beam_size=3, no_repeat_ngram=2, repetition_penalty=1.2),
     BeamSearch(beam_size=4, groups=2),
+]
+
+OTHERS = [
+    *[BeamSearch(beam_size=4, compat=name) for name in ("hf", "fairseq", "ctranslate2")],
+    *[BeamSearch(beam_size=4, stopping=rule) for rule in ("heuristic", "first")],
+    BeamSearch(beam_size=4, stopping="first", patience=2.0, n_best=3),
+    BeamSearch(beam_size=4, choose="sample", seed=1),
+    BeamSearch(beam_size=4, choose="stochastic", seed=1, n_best=4),
+    BeamSearch(beam_size=4, groups=4, diversity=1.0, n_best=4),
+    BeamSearch(beam_size=4, min_length=5, max_length=20),
+    BeamSearch(beam_size=3, prefixes=[[5, 6], *[[]] * 7, *[[7]] * 8]),
+    BeamSearch(beam_size=3, trie=Trie([[5, 6, 7], [8, 9], [10], [5, 8, 11, 12]])),
+    BeamSearch(beam_size=3, repetition_penalty=1.3, compat="hf"),
+    BeamSearch(beam_size=3, repetition_penalty=1.3, no_repeat_ngram=3, compat="ctranslate2"),
+    BeamSearch(beam_size=4, normalization="gnmt", length_penalty=0.6),
+    BeamSearch(beam_size=4, length_penalty=-1.0),
+    BeamSearch(beam_size=8, banned=[6, 7], n_best=8, keep_lattice=True),
+    Sampling(n_samples=4, seed=1, top_k=5, temperature=0.7),
 ]
 
 
@@ -59,6 +77,17 @@ def test_replayed_steps_find_the_same(model, strategy, monkeypatch):
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
     assert len(recordings) > 1 and rows[0] == 16 and rows[-1] < 16  # sentences have left, others been captured anew
     assert len(rows) <= 2 * len(recordings) + 1 < int(expected.iterations.max())
+
+
+@pytest.mark.parametrize("strategy", OTHERS, ids=str)
+def test_every_option_is_replayed(model, strategy, monkeypatch):
+    expected = decode(model, sources(16), strategy)
+    with replayed(monkeypatch, left_to_right, beam_search) as recordings:
+        found = decode(model, sources(16), strategy)
+    assert recordings and found.to_lists() == expected.to_lists()
+    for name in ("scores", "token_log_probs"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
+    assert torch.equal(found.iterations, expected.iterations)
 
 
 def test_hooks_run_at_every_step(model, monkeypatch):
