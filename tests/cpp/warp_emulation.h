@@ -109,6 +109,10 @@ inline int __reduce_add_sync(unsigned, int value) {
   for (int lane = 0; lane < warp_emulation::kLanes; ++lane) sum += static_cast<int>(values[lane]);
   return sum;
 }
+inline unsigned long long atomicAdd(unsigned long long* value, unsigned long long by) {
+  *value += by;
+  return *value - by;
+}
 inline void __syncwarp() { warp_emulation::meet(0); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
