@@ -2,9 +2,56 @@
 
 from __future__ import annotations
 
+import gc
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+
+class _Place:
+    """Where graphs are captured one after the other on the current device: a stream, and a memory pool.
+
+    What a graph leaves behind, the next one on its place uses again. cuBLAS keeps a workspace for each stream that it
+    was captured on, so that those of new streams would add up (pytorch/pytorch#99196); two graphs that live at the same
+    time have two places, as the end of one would take the workspace from the other (#193402). The allocator keeps the
+    pool of a graph that is no more; only a graph that still lives can hand its pool on: `_holder`.
+    """
+
+    def __init__(self) -> None:
+        self._stream, self._holder = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.zeros(1, device="cuda")
+        self._capture(self._holder, lambda: torch.zeros(1, device="cuda"), None)
+
+    def capture(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self._capture(graph, function, self._holder.pool())
+        return graph
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], object], pool: Any) -> None:
+        """What torch.cuda.graph() does, without its wait for the device and without emptying the allocator's cache.
+
+        What the garbage collector might free meanwhile, a kernel or another graph, would break the capture.
+        """
+        current, collects = torch.cuda.current_stream(), gc.isenabled()
+        gc.disable()
+        try:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+            current.wait_stream(self._stream)
+        finally:
+            if collects:
+                gc.enable()
+
+
+# Of each stream that graphs are launched on: there they use a pool in turn.
+_FREE: defaultdict[torch.cuda.Stream, list[_Place]] = defaultdict(list)
 
 
 class Captured:
@@ -19,9 +66,10 @@ class Captured:
     replay. Another thread may use the device meanwhile.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._place: _Place | None = None
         self._warm = False
 
     def __call__(self) -> None:
@@ -30,21 +78,13 @@ class Captured:
             self._warm = True
             return
         if self._graph is None:
-            self._graph = _capture(self._function, self._device)
+            with torch.cuda.device(self._device):
+                self._free = _FREE[torch.cuda.current_stream()]
+                place = self._free.pop() if self._free else _Place()
+                self._graph, self._place = place.capture(self._function), place
         self._graph.replay()
 
-
-def _capture(function: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """What torch.cuda.graph() does, without its wait for the device and without emptying the allocator's cache."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
-    return graph
+    def __del__(self) -> None:
+        self._graph = None  # before its place is another's
+        if self._place is not None:
+            self._free.append(self._place)
