@@ -16,6 +16,11 @@ namespace condgen_fast::kd_loss::CONDGEN_FAST_ISA {
 constexpr int64_t kBlock = 2048;
 constexpr double kLog2E = 1.4426950408889634;
 
+// What a loop adds up in its lanes before the sums go on as doubles: a whole block, but 256 steps of float32 at most. A
+// lane's rounding errors grow with its additions, and would where lanes are few.
+template <class Real>
+constexpr int64_t kRun = std::is_same_v<Real, float> ? std::min<int64_t>(256 * kStep<Real>, kBlock) : kBlock;
+
 // Where the hard term's exponentials, those at temperature 1, come from
 enum class Hard { kNone, kSame, kSquare, kSeparate };  // not needed; e (T is 1); e * e (T is 2); h
 
@@ -25,6 +30,11 @@ struct BlockSums {
   double dot = 0;              // of the divergence: q * z, q * (y - z) or e * (z - y)
   double x = 0;                // s - shift, where there is no teacher
   double e_z = 0, q_y = 0;     // of the entropies
+
+  BlockSums& operator+=(const BlockSums& other) {
+    e += other.e, h += other.h, q += other.q, dot += other.dot, x += other.x, e_z += other.e_z, q_y += other.q_y;
+    return *this;
+  }
 };
 
 template <auto kValue>
@@ -104,6 +114,7 @@ struct Ahead {
   int64_t element = 0;  // bytes
 
   void fetch(int64_t i) const { __builtin_prefetch(from + i * element, 0, 2); }
+  Ahead operator+(int64_t i) const { return {from + i * element, element}; }
 };
 
 template <class Real>
@@ -112,6 +123,8 @@ struct Exponents {
   Real shift;
   Real factor;  // log2 e / temperature
   Ahead ahead;
+
+  Exponents operator+(int64_t i) const { return {logits + i, shift, factor, ahead + i}; }
 };
 
 // kShort: exponentials that only a gradient of 16 bits is made of
@@ -126,6 +139,8 @@ struct Powers {
   Real* e;
   Real* w;
   Real* h;
+
+  Powers operator+(int64_t i) const { return {e + i, w + i, h + i}; }
 };
 
 // `count` is of whole steps.
@@ -189,7 +204,15 @@ BlockSums exponentials(bool with_teacher, Divergence divergence, Hard hard, Deta
     constexpr Divergence kDivergence = decltype(divergence_is)::value;
     constexpr Hard kHard = decltype(hard_is)::value;
     auto with = [&](auto detail_is) {
-      return exponentials_of<kTeacher, kDivergence, kHard, decltype(detail_is)::value>(student, teacher, count, powers);
+      auto of = [&](int64_t i, int64_t steps) {
+        return exponentials_of<kTeacher, kDivergence, kHard, decltype(detail_is)::value>(
+            student + i, kTeacher ? teacher + i : teacher, steps, powers + i);
+      };
+      BlockSums sums = of(0, std::min(kRun<Real>, count));
+      if constexpr (kRun<Real> < kBlock) {
+        for (int64_t i = kRun<Real>; i < count; i += kRun<Real>) sums += of(i, std::min(kRun<Real>, count - i));
+      }
+      return sums;
     };
     if (detail == Detail::kEntropies) return with(Constant<Detail::kEntropies>{});
     return detail == Detail::kShort ? with(Constant<Detail::kShort>{}) : with(Constant<Detail::kPlain>{});
@@ -219,24 +242,26 @@ void mixture(const Powers<Real>& powers, int64_t count, Real p_factor, Real q_fa
   const V zero(Real(0)), half(Real(0.5));
   const V p_scale(p_factor), q_scale(q_factor), q_share(beta), p_share(1 - beta);
   const V least(Real(0x1p-126));
-  V sum = zero, weighted = zero;
-  for (int64_t i = 0; i < count; i += kStep<Real>) {
-    const V p = load(powers.e + i) * p_scale, q = load(powers.w + i) * q_scale;
-    V part, p_r;
-    if constexpr (kDivergence == Divergence::kTvd) {
-      part = select(p > q, p - q, q - p) * half;
-      p_r = p * select(p > q, half, select(p < q, zero - half, p - q));
-    } else {
-      const V one_over_m = V(Real(1)) / fma(q_share, q, p_share * p);
-      p_r = select(p == zero, zero, p_share * p * log(max(least, p * one_over_m)));
-      part = p_r + select(q == zero, zero, q_share * q * log(max(least, q * one_over_m)));
+  for (int64_t begin = 0; begin < count; begin += kRun<Real>) {
+    V sum = zero, weighted = zero;
+    for (int64_t i = begin; i < std::min(begin + kRun<Real>, count); i += kStep<Real>) {
+      const V p = load(powers.e + i) * p_scale, q = load(powers.w + i) * q_scale;
+      V part, p_r;
+      if constexpr (kDivergence == Divergence::kTvd) {
+        part = select(p > q, p - q, q - p) * half;
+        p_r = p * select(p > q, half, select(p < q, zero - half, p - q));
+      } else {
+        const V one_over_m = V(Real(1)) / fma(q_share, q, p_share * p);
+        p_r = select(p == zero, zero, p_share * p * log(max(least, p * one_over_m)));
+        part = p_r + select(q == zero, zero, q_share * q * log(max(least, q * one_over_m)));
+      }
+      sum = sum + part;
+      weighted = weighted + p_r;
+      store(powers.w + i, p_r);
     }
-    sum = sum + part;
-    weighted = weighted + p_r;
-    store(powers.w + i, p_r);
+    divergence += reduce_sum(sum);
+    ratio += reduce_sum(weighted);
   }
-  divergence += reduce_sum(sum);
-  ratio += reduce_sum(weighted);
 }
 
 // An entry of the gradient is (e + e_e * e) * e + w * w' + h * h' + constant, primes being of Powers.
