@@ -149,11 +149,27 @@ def test_nothing_is_copied_or_allocated_but_the_step():
     assert selected.cache is state.cache and selected.memory is memory
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@torch.no_grad()
+def test_narrow_types_and_autocast(autocast, device):
+    """The modules' own state in the same types is the measure; weights, or products alone, are bfloat16."""
+    model = small().to(device)
+    model = model if autocast else model.bfloat16()
+    tokens = torch.randint(5, 61, (6, 2, 3), generator=torch.Generator().manual_seed(5)).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        memory = model.encode(*(x.to(device) for x in sources(5, 9)))
+        ours, theirs = model.reserve(model.start(memory, 3), 6), model.start(memory, 3)
+        assert ours.cache.dtype == torch.bfloat16
+        for step in tokens:
+            own, ours = model.step(step, ours)
+            expected, theirs = model.step(step, theirs)
+            assert own.dtype == expected.dtype == torch.bfloat16
+            torch.testing.assert_close(own, expected, atol=0.15, rtol=0.02)
+
+
 def base_on(device):
-    config = TransformerConfig(vocab_size=32000)
-    with torch.device("meta"):
-        model = Transformer(config)
-    return model.eval()
+    with torch.device(device):
+        return Transformer(TransformerConfig(vocab_size=32000)).eval()
 
 
 @torch.no_grad()
@@ -280,3 +296,22 @@ def test_a_gpu_finds_what_the_modules_find(strategy, dtype, monkeypatch):
     assert same >= (64 if dtype == torch.float32 else 48)
     if dtype == torch.float32:
         assert decode(model.cpu(), source, strategy, source_lengths=lengths).to_lists() == found.to_lists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_on_a_gpu_is_weights_one_cache_and_logits(dtype):
+    """Of 32 sentences, 4 beams and 32 tokens at base size; cuBLAS has its workspaces already."""
+    B, K, T = 32, 4, 32
+    model = base_on("cuda").to(dtype)
+    source = torch.randint(5, 32000, (B, T), device="cuda")
+    strategy = BeamSearch(beam_size=K, min_length=T, max_length=T)
+    decode(model, source, strategy)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    decode(model, source, strategy)
+    cache = 2 * 6 * (B * K * T + B * T) * 512  # of the target and the source
+    needed = sum(p.numel() for p in model.parameters()) + cache + B * K * 32000
+    used = torch.cuda.max_memory_allocated() - before
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert weights + used <= 1.1 * needed * dtype.itemsize
