@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 from recorded import Recorded
+from shipped import shipped, sources
 from torch import Tensor
 
 from condgen_fast.data import embedded
 from condgen_fast.data.batching import pad_sequences, windows
 from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict, adapt, decode
-from condgen_fast.models.checkpoint import load_model
 from condgen_fast.models.layers import SIZES, TransformerConfig
 from condgen_fast.models.transformer import Transformer
 from condgen_fast.recipes.evaluation import translate_lines
@@ -231,26 +231,14 @@ def test_memory(note):
     )
 
 
-@cache
-def shipped(name: str, device: str) -> tuple[Any, list[list[int]]]:
-    """A shipped model and 32 sentences of the embedded test set, evenly from the shortest to the longest."""
-    try:
-        model, vocabulary = load_model(name, device=device)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    lines = sorted(embedded.load("test")[0], key=len)
-    encoded = vocabulary.encode([lines[len(lines) * (2 * i + 1) // 64] for i in range(32)])
-    return model, [[*ids, model.eos_id] for ids in encoded]
-
-
 def translator(name: str, strategy: Any, B: int, device: str) -> Callable[..., list[list[int]]]:
     """Translates those sentences in one batch, or four of them one by one, with the model or one in its place."""
-    model, sentences = shipped(name, device)
+    model, sentences = shipped(name, device)[0], sources(name, device, 32)
     rows = [[row] for row in sentences[::8]] if B == 1 else [sentences]
-    sources = [pad_sequences(batch, model.pad_id).to(device) for batch in rows]
+    padded = [pad_sequences(batch, model.pad_id).to(device) for batch in rows]
 
     def translate(model: Any = model) -> list[list[int]]:
-        return [best[0] for source in sources for best in decode(model, source, strategy).to_lists()]
+        return [best[0] for source in padded for best in decode(model, source, strategy).to_lists()]
 
     return translate
 
@@ -279,7 +267,7 @@ def test_shipped(compare, device, name, B):
 
 def test_translate(compare, device):
     """A file of 400 lines: sorted by length into batches of a token budget, or as it comes, 32 lines at a time."""
-    model, vocabulary = load_model("transformer-en-de", device=device)
+    model, vocabulary = shipped("transformer-en-de", device)
     lines = embedded.load("test")[0][:400]
 
     def ours() -> list[str]:

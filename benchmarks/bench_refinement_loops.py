@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from recorded import Recorded
+from shipped import shipped, sources
 from torch import Tensor
 
-from condgen_fast.data import embedded
 from condgen_fast.decode import BeamSearch, Hypotheses, LevenshteinRefinement, MaskPredict, decode
-from condgen_fast.models.checkpoint import load_model
 from condgen_fast.models.cmlm import CMLM, CMLMConfig
 from condgen_fast.models.layers import SIZES
 from condgen_fast.models.levenshtein import LevenshteinConfig, LevenshteinTransformer
@@ -118,17 +117,11 @@ def test_masked_projection(compare, device, length_beam):
 @pytest.mark.parametrize("eos_penalty", [0.0, 1.5])  # the default, and what is best on the valid set
 def test_latency(compare, device, eos_penalty):
     """Eight sentences of the embedded test set, from the shortest to the longest, one by one."""
-    try:
-        models = {name: load_model(name, device=device) for name in ("levenshtein-en-de", "transformer-en-de")}
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    lines = sorted(embedded.load("test")[0], key=len)
-    chosen = [lines[len(lines) * (2 * i + 1) // 16] for i in range(8)]
 
     def translator(name: str, strategy: Any) -> Any:
-        model, vocabulary = models[name]
-        sources = [torch.tensor([[*ids, model.eos_id]], device=device) for ids in vocabulary.encode(chosen)]
-        return lambda: [decode(model, source, strategy).tokens for source in sources]
+        model, _ = shipped(name, device)
+        one_by_one = [torch.tensor([ids], device=device) for ids in sources(name, device, 8)]
+        return lambda: [decode(model, source, strategy).tokens for source in one_by_one]
 
     ours = translator("levenshtein-en-de", LevenshteinRefinement(eos_penalty=eos_penalty))
     peers = {f"beam {size}": translator("transformer-en-de", BeamSearch(beam_size=size)) for size in (4, 5)}
