@@ -137,3 +137,29 @@ def test_commit_by_threshold(compare, device, B, T):
 
     assert torch.equal(ours(), eager())
     compare("commit", f"threshold B{B} T{T}", ours, peers={"eager torch": eager})
+
+
+def eager_entropy(stats: RowStats, canvas: Tensor, maskable: Tensor, bound: float) -> Tensor:
+    entropy, order = stats.entropy.masked_fill(~maskable, torch.inf).sort(dim=1, stable=True)
+    before = entropy.cumsum(1) - entropy
+    chosen = torch.zeros_like(maskable).scatter_(1, order, (before <= bound) & entropy.isfinite())
+    return torch.where(chosen, stats.token, canvas)
+
+
+@canvases
+def test_commit_by_entropy(compare, device, B, T):
+    torch.manual_seed(3)
+    entropy = torch.rand(B, T, device=device).double().mul_(2**20).round_().div_(2**20).float()  # sums are exact
+    stats = RowStats(torch.randint(0, 100, (B, T), device=device), -entropy, entropy, entropy)
+    canvas = torch.full((B, T), 100, device=device)
+    maskable = torch.rand(B, T, device=device) < 0.6
+    maskable[:, 0] = True
+
+    def ours() -> Tensor:
+        return commit(stats, canvas, maskable=maskable, policy="entropy", threshold=T / 32, minimum=0).tokens
+
+    def eager() -> Tensor:
+        return eager_entropy(stats, canvas, maskable, T / 32)
+
+    assert torch.equal(ours(), eager())
+    compare("commit", f"entropy B{B} T{T}", ours, peers={"eager torch": eager})
