@@ -1,7 +1,6 @@
 #include "beam_search.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -22,7 +21,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kLanes = simd::kLanes;
 static_assert(kColumns % (4 * kLanes) == 0 && kBlock % kColumns == 0);
-constexpr float kMostAbove = 64;  // powers of two; the sum of a block stays within float32
+constexpr int64_t kCacheLine = 64;  // bytes
+constexpr float kMostAbove = 64;    // powers of two; the sum of a block stays within float32
 
 float value_of(float logit) { return logit; }
 float value_of(double logit) { return static_cast<float>(logit); }
@@ -43,10 +43,27 @@ Vec load(const Logit* from) {
 }
 
 template <class Logit>
-Vec load_first(const Logit* from, int64_t count) {
-  float values[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = i < count ? value_of(from[i]) : -kInfinity;
-  return simd::load(values);
+Logit lowest_value() {
+  if constexpr (std::is_same_v<Logit, double>) {
+    return -kInfinity;
+  } else {
+    return simd::from_float<Logit>(-kInfinity);
+  }
+}
+
+// Of BFloat16 two vectors are read at once: the even logits of both, then the odd ones.
+template <class Logit>
+constexpr bool kAlternate = std::is_same_v<Logit, simd::BFloat16>;
+
+// Where the logits of a column begin.
+template <class Logit>
+int64_t first_of_column(int64_t column) {
+  if constexpr (kAlternate<Logit>) {
+    const int64_t place = column % (2 * kLanes);
+    return column - place + place % kLanes * 2 + place / kLanes;
+  } else {
+    return column;
+  }
 }
 
 // Asks for the logits that are read next but some: the processor by itself asks for too few of a row that is not in its
@@ -54,39 +71,49 @@ Vec load_first(const Logit* from, int64_t count) {
 template <class Logit>
 void prefetch_after(const Logit* x) {
   constexpr int64_t kBytesAhead = 16384;
-  __builtin_prefetch(reinterpret_cast<const char*>(x) + kBytesAhead);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + kBytesAhead));
 }
 
-template <class Logit>
-float highest_of(const Logit* x, int64_t count) {
+float highest_of(const float* x, int64_t count) {
   Vec high(-kInfinity);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) high = max(load(x + i), high);
-  if (i < count) high = max(load_first(x + i, count - i), high);
+  if (i < count) high = max(simd::load_first(x + i, count - i, -kInfinity), high);
   return reduce_max(high);
 }
 
-// The highest of each column, and the sum of powers.
+// The highest of each column, and PowerOfTwo's sum.
 template <bool kFused, class Logit>
 float sweep_block(const Logit* x, int64_t count, const PowerOfTwo& power, float* columns) {
   constexpr int64_t kVectors = kColumns / kLanes, kSums = 4;
   Vec high[kVectors], sums[kSums];
   for (Vec& each : high) each = Vec(-kInfinity);
   for (Vec& each : sums) each = Vec(0.0f);
-  int64_t i = 0;
-  for (; i + kColumns <= count; i += kColumns) {
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < kVectors; ++j) {
-      prefetch_after(x + i + j * kLanes);
-      const Vec value = load(x + i + j * kLanes);
-      high[j] = max(value, high[j]);
-      sums[j % kSums] = power.add<kFused>(value, sums[j % kSums]);
-    }
-  }
-  for (int64_t j = 0; i < count; ++j, i += kLanes) {
-    const Vec value = i + kLanes <= count ? load(x + i) : load_first(x + i, count - i);
+  const auto add = [&](Vec value, int64_t j) __attribute__((always_inline)) {
     high[j] = max(value, high[j]);
     sums[j % kSums] = power.add<kFused>(value, sums[j % kSums]);
+  };
+  const auto add_row = [&](const Logit* row) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kVectors; j += 1 + kAlternate<Logit>) {
+      const Logit* from = row + j * kLanes;
+      if (j * kLanes * sizeof(Logit) % kCacheLine == 0) prefetch_after(from);
+      if constexpr (kAlternate<Logit>) {
+        Vec even, odd;
+        simd::load_alternate(from, even, odd);
+        add(even, j);
+        add(odd, j + 1);
+      } else {
+        add(load(from), j);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kColumns <= count; i += kColumns) add_row(x + i);
+  if (i < count) {
+    Logit rest[kColumns];
+    std::fill(std::copy(x + i, x + count, rest), rest + kColumns, lowest_value<Logit>());
+    add_row(rest);
   }
   for (int64_t j = 0; j < kVectors; ++j) simd::store(columns + j * kLanes, high[j]);
   return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -135,7 +162,7 @@ void sweep(const Arguments<Logit>& arguments, const Blocks& blocks, int64_t firs
     }
     blocks.highest[place] = highest;
     blocks.shifts[place] = shift;
-    blocks.sums[place] = std::abs(highest) < kInfinity ? sum : 0.0;
+    blocks.sums[place] = std::abs(highest) < kInfinity ? PowerOfTwo::unit * sum : 0.0;
   }
 }
 
@@ -328,7 +355,8 @@ class Sentence {
     for (int64_t group = 0; group < kColumns; group += kLanes) {
       uint32_t hits = bits(simd::load(columns + group) >= Vec(least));
       for (; hits != 0; hits &= hits - 1) {
-        for (int64_t place = group + std::countr_zero(hits); place < count; place += kColumns) {
+        int64_t place = first_of_column<Logit>(group + std::countr_zero(hits));
+        for (; place < count; place += kColumns) {
           const float value = value_of(x[place]);
           if (!(value >= least)) continue;
           const float total = row.total(value, arguments_.temperature);
