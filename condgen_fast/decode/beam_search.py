@@ -73,7 +73,7 @@ class BeamSearch:
                      al. 2019, arXiv:1903.06059), where scores are perturbed log-probabilities and nothing is divided
     temperature      of choose="sample"
     seed             of the draws, which depend on it and on the sentence alone; None: from torch's global generator
-    impl             implementation of `beam_topk`
+    impl             auto | reference, of the ops
     trace            record the best hypothesis's tokens in `Hypotheses.trace`
     keep_lattice     record everything that was kept in `Hypotheses.lattice`
 
@@ -221,8 +221,9 @@ class _Search:
 
     def __init__(self, options: BeamSearch, model: Any, source: Tensor, source_lengths: Tensor) -> None:
         self.options, self.model, self.ends = options, model, end_ids(model)
-        self.state = model.start(model.encode(source, source_lengths), options.beam_size)
+        # first, as lists that are copied to a GPU wait for whatever it has to do
         self.beams = options._start(model, self.ends, source, source_lengths)
+        self.state = model.start(model.encode(source, source_lengths), options.beam_size)
         self.may_leave = hasattr(model, "select")
         self.noise: StochasticBeams | None = None
         if options.choose != "best":

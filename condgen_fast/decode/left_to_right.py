@@ -71,23 +71,23 @@ class Unfinished:
     """
 
     def __init__(self, finished: Tensor, sentences: int) -> None:
-        self._finished, self._sentences = finished, sentences
-        self._answer: Tensor | None = None
-        self._event: Any = None
+        self._finished, self._sentences, self._asked = finished, sentences, False
+        if finished.device.type == "cuda":
+            self._answer = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._event = torch.cuda.Event()
 
     def count(self, *, ask: bool) -> int | None:
         """How many are left, or were when the device was asked; None: nothing new is known."""
         if self._finished.device.type != "cuda":
             return self._sentences - int(self._finished) if ask else None
         count = None
-        if self._event is not None and (ask or self._event.query()):
+        if self._asked and (ask or self._event.query()):
             self._event.synchronize()
-            count, self._event = self._sentences - int(self._answer), None
+            count, self._asked = self._sentences - int(self._answer), False
         if ask:
-            self._answer = torch.empty((), dtype=torch.int64, pin_memory=True)
             self._answer.copy_(self._finished, non_blocking=True)
-            self._event = torch.cuda.Event()
             self._event.record()
+            self._asked = True
         return count
 
 

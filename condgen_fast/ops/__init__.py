@@ -1,6 +1,15 @@
 """Functions of tensors, each with a reference, kernels and one contract."""
 
-from condgen_fast.ops.beam_search import BeamTopK, beam_topk
+from condgen_fast.ops.beam_search import (
+    BeamConstraints,
+    BeamRules,
+    BeamState,
+    BeamTopK,
+    Candidates,
+    beam_hypotheses,
+    beam_topk,
+    beam_update,
+)
 from condgen_fast.ops.kd_loss import (
     KDLossParts,
     LabelPrior,
@@ -26,7 +35,11 @@ from condgen_fast.ops.refinement import Commit, RowStats, commit, remask, row_st
 
 __all__ = [
     "AppliedEdits",
+    "BeamConstraints",
+    "BeamRules",
+    "BeamState",
     "BeamTopK",
+    "Candidates",
     "Commit",
     "EditAlignment",
     "EditLabels",
@@ -35,7 +48,9 @@ __all__ = [
     "RowStats",
     "TopK",
     "apply_edits",
+    "beam_hypotheses",
     "beam_topk",
+    "beam_update",
     "commit",
     "edit_alignment",
     "edit_distance",
