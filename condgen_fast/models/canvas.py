@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     flat = x.float().reshape(-1, x.shape[-1])
     y = ops.linear(flat, weight, None if bias is None else bias.float())
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
 def head(layer: nn.Linear, x: Tensor) -> Tensor:

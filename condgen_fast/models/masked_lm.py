@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from condgen_fast._check import check_number
+from condgen_fast.models import compiled
+from condgen_fast.models.canvas import linear
 from condgen_fast.models.layers import Embedding, EncoderLayer, KeyValue, TransformerConfig, attend
 
 
@@ -57,6 +58,8 @@ class MaskedLM(nn.Module):
     def fill_states(self, tokens: Tensor, memory: None = None) -> Tensor:
         """States [B, L, D] of a canvas [B, L] of tokens and masks, padded on the right."""
         # A canvas of padding alone still shows its first position, so that attention has something to divide by.
+        if self.block_length is None and compiled.stands_in(self.embedding, self.layers, self.norm):
+            return compiled.encode(self, tokens, (tokens != self.pad_id).sum(1).clamp(min=1))
         mask = (torch.arange(tokens.shape[1], device=tokens.device) == 0) | (tokens != self.pad_id)
         mask = mask[:, None, None, :]
         if self.block_length is not None:
@@ -69,7 +72,7 @@ class MaskedLM(nn.Module):
 
     def project(self, states: Tensor) -> Tensor:
         """states [..., D] -> logits [..., V]."""
-        return F.linear(states, self.output_weight)
+        return linear(states, self.output_weight)
 
     def fill(self, tokens: Tensor, memory: None = None) -> Tensor:
         """canvas [B, L] -> logits [B, L, V] of every position."""

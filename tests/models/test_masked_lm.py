@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from condgen_fast import _library
 from condgen_fast.cli import main
 from condgen_fast.data import embedded
 from condgen_fast.data.batching import ParallelDataset
@@ -49,6 +50,24 @@ def test_padding_is_not_seen(block_length):
     padded = torch.nn.functional.pad(tokens, (0, 4), value=0)
     torch.testing.assert_close(model.fill(padded)[:, :7], model.fill(tokens))
     assert model.fill(torch.zeros(2, 3, dtype=torch.int64)).isfinite().all()
+
+
+@pytest.mark.skipif(not _library.load(), reason="the compiled library is not built")
+@pytest.mark.parametrize("options", [{}, {"norm": "post", "activation": "gelu"}, {"positions": "learned"}])
+@torch.no_grad()
+def test_in_float32_a_canvas_has_the_same_bits_in_any_batch(options):
+    model = model_of(None, width=48, heads=3, **options).float()
+    lengths = [9, 3, 17, 1, 12]
+    canvases = [torch.randint(5, 20, (n,)) for n in lengths]
+    batch = torch.nn.utils.rnn.pad_sequence(canvases, batch_first=True, padding_value=0)
+    together = model.fill(batch)
+    for b, canvas in enumerate(canvases):
+        assert torch.equal(model.fill(canvas[None])[0], together[b, : len(canvas)])
+    with torch.enable_grad():  # the modules
+        torch.testing.assert_close(model.fill_states(batch)[0, :9], model.fill_states(canvases[0][None])[0])
+        expected = model.fill(batch)
+    for b, n in enumerate(lengths):
+        torch.testing.assert_close(together[b, :n], expected[b, :n], rtol=1e-4, atol=1e-5)
 
 
 def test_extend_gives_the_states_of_the_whole_canvas_piece_by_piece():
