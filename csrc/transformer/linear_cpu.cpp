@@ -42,7 +42,7 @@ inline void load_square(const T* weights, int64_t pitch, int64_t outputs, int64_
 // Fetches the square at an address, which may lie beyond the weights; `pitch` in bytes.
 inline void fetch_square(uintptr_t address, int64_t pitch) {
 #pragma GCC unroll 16
-  for (int64_t j = 0; j < kLanes; ++j) __builtin_prefetch(reinterpret_cast<const void*>(address + j * pitch), 0, 0);
+  for (int64_t j = 0; j < kLanes; ++j) __builtin_prefetch(reinterpret_cast<const void*>(address + j * pitch));
 }
 
 // 0.5 x (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun 7.1.26, within 1.5e-7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -149,6 +150,20 @@ def test_bits_do_not_depend_on_the_batch_the_order_the_padding_or_the_threads(st
         assert torch.equal(alone.scores[0], whole.scores[i])
         log_probs = nn.functional.pad(alone.token_log_probs[0], (0, width - alone.token_log_probs.shape[2]))
         assert torch.equal(log_probs, whole.token_log_probs[i])
+
+
+def test_two_decodes_at_once_with_more_threads_than_processors():
+    model = small(width=48, heads=4, feed_forward=600)
+    rows = sentences(*(1 + i % 9 for i in range(24)))
+    expected = decode(model, rows, "beam", beam_size=4).to_lists()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: decode(model, rows, "beam", beam_size=4).to_lists(), range(4)))
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [expected] * 4
 
 
 @torch.no_grad()
@@ -306,6 +321,8 @@ def test_refusals():
         _, state = model.step(torch.full((1, 1), 5), state)
     with pytest.raises(ValueError, match="3 positions; got a sequence of 4"):
         model.step(torch.full((1, 1), 5), state)
+    with pytest.raises(ValueError, match="3 positions; got a sequence of 9"):
+        model.encode(*padded(sentences(4, 9, 5)))
     with pytest.raises(ValueError, match="slots must be rows of the cache; got 4"):
         state = model.start(model.encode(*padded(sentences(2))), 1)
         _, state = model.step(torch.full((1, 1), 5), state)
