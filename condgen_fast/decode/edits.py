@@ -42,6 +42,11 @@ class Sentences:
         values = {f.name: getattr(self, f.name).index_select(0, index) for f in fields(self) if f.name != "memory"}
         return Sentences(model.select(self.memory, index), **values)
 
+    def apart(self) -> Sentences:
+        """With memory of its own for each tensor."""
+        values = {f.name: getattr(self, f.name).clone() for f in fields(self) if f.name != "memory"}
+        return Sentences(self.memory, **values)
+
     def trim(self, width: int) -> None:
         if self.tokens.shape[1] > width:
             self.tokens = self.tokens[:, :width].contiguous()

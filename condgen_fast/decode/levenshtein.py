@@ -157,7 +157,7 @@ class LevenshteinRefinement:
         """
         results = Results(len(now.rows), width, model.pad_id)
         now.widen(width, model.pad_id)
-        now = now.select(model, now.rows)  # tensors of its own, each apart
+        now = now.apart()
         device = now.tokens.device
         unfinished, edit, write = Running(device), None, None
         for iteration in range(1, self.max_iterations + 1):

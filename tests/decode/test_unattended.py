@@ -141,7 +141,7 @@ def test_the_cmlm_gives_the_same_bits(strategy, unattended):
 
 
 def test_passes_are_made_on_the_same_memory_until_many_have_left(unattended):
-    """The canvas stays, whoever has finished: `select` is called once, for tensors that nothing else holds."""
+    """The canvas stays, whoever has finished."""
 
     class Model(RandomModel):
         """Grows by one token an iteration, for as many iterations as the sentence's number says."""
@@ -163,7 +163,7 @@ def test_passes_are_made_on_the_same_memory_until_many_have_left(unattended):
     unattended(True)
     rows = [[n] for n in range(3, 9)]
     result = decode(Model(), rows, LevenshteinRefinement(max_iterations=20, max_length=40))
-    assert result.iterations.tolist() == [n + 1 for n in range(3, 9)] and Model.selected == 1
+    assert result.iterations.tolist() == [n + 1 for n in range(3, 9)] and Model.selected == 0
 
 
 # What follows runs on device "meta", where whoever would wait raises.
@@ -230,7 +230,7 @@ def test_no_iteration_of_levenshtein_refinement_waits(shape, monkeypatch):
                 results = strategy._refine_unattended(Apart(model), now, W)
             launches.append(count.counts.total())
             assert results.tokens.shape == (R, W) and results.tokens.device == device
-    assert (launches[1] - launches[0]) / 3 <= 26
+    assert (launches[1] - launches[0]) / 3 <= 25, launches
 
 
 @torch.no_grad()
@@ -238,6 +238,7 @@ def test_no_round_of_mask_predict_waits(monkeypatch):
     with fake_gpu(monkeypatch) as device:
         model = on_meta("CMLM")
         memory = encoded(model, device)
+        assert MaskPredict()._candidate_lengths(model, memory)[0].shape == (R, 5)
         ids = torch.empty(R, W, dtype=torch.int64, device=device)
         counts, t = torch.empty(5, R, dtype=torch.int64, device=device), ids.new_empty(1)
         now = mask_predict._InPlace(memory, ids, torch.empty(R, W, device=device), ids != 0, counts, t)
