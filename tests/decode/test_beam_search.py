@@ -74,10 +74,12 @@ def test_exhaustive_beam_finds_the_best_of_all_sequences(normalization, length_p
 @pytest.mark.parametrize("stopping", STOPPING)
 @pytest.mark.parametrize(("normalization", "length_penalty"), SCORES)
 def test_small_beams_follow_the_plain_search(normalization, length_penalty, stopping):
-    generator = torch.Generator().manual_seed(hash((normalization, length_penalty, stopping)) % 2**31)
+    """Of all cases together 12,600 searches, each of a table of its own; 10,000 and more have no near ties."""
+    case = SCORES.index((normalization, length_penalty)) * len(STOPPING) + STOPPING.index(stopping)
+    generator = torch.Generator().manual_seed(case)
     compared = 0
     for trial in range(4):
-        sentences, V = 60, int(torch.randint(3, 9, (), generator=generator))
+        sentences, V = 75, int(torch.randint(3, 9, (), generator=generator))
         beam_size = int(torch.randint(1, 6, (), generator=generator))
         options = dict(
             beam_size=beam_size,
@@ -90,8 +92,9 @@ def test_small_beams_follow_the_plain_search(normalization, length_penalty, stop
             max_length=9,
             no_repeat_ngram=[0, 0, 2, 1][trial],
         )
-        table = random_table(sentences, 997, V, seed=trial, eos_bias=[0.0, 2.0, 0.0, -1.0][trial])
-        for model in (TableModel(table), ShrinkingTableModel(table)):
+        for i, cls in enumerate((TableModel, ShrinkingTableModel)):
+            seed = (case * 4 + trial) * 2 + i
+            model = cls(random_table(sentences, 997, V, seed=seed, eos_bias=[0.0, 2.0, 0.0, -1.0][trial]))
             found = decode(model, [[s] for s in range(sentences)], BeamSearch(**options))
             for s in range(sentences):
                 expected = plain_beam_search(model, s, **options)
@@ -104,7 +107,7 @@ def test_small_beams_follow_the_plain_search(normalization, length_penalty, stop
                 assert (found.scores[s, n:] == -math.inf).all() and (found.lengths[s, n:] == 0).all()
                 assert found.iterations[s] == expected.steps
             assert_consistent(model, range(sentences), found, normalization, length_penalty)
-    assert compared > 400
+    assert compared > 500
 
 
 @pytest.mark.parametrize(("normalization", "length_penalty"), SCORES)
