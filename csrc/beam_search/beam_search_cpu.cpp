@@ -195,7 +195,8 @@ Row finish_row(const Blocks& blocks, int64_t place, float score, float scale) {
     sum += blocks.sums[block] * (above == std::floor(above) ? integer_power(above) : std::exp2(above));
   }
   constexpr double kLogOfTwo = 0.69314718055994531;
-  return {true, score, top, static_cast<float>(std::log(sum) - (exponent - origin) * kLogOfTwo)};
+  const double log_sum = std::log(sum) - (exponent - origin) * kLogOfTwo;
+  return {true, score, top, static_cast<float>(std::max(log_sum, 0.0))};  // the highest's own power is among them
 }
 
 struct Candidate {
