@@ -47,7 +47,8 @@ class LevenshteinRefinement:
     # Tokens to start from (post-editing): a list of ids per sentence or int64 [B, L] right-padded; no bos, eos, mask.
     initial: Tensor | Sequence[Sequence[int]] | None = field(default=None, compare=False)
     # Longest output, eos counted; None: max(10, 2·S) for S source tokens. Never more than the model's positions hold.
-    # A longer `initial` is not cut, but takes insertions only once deletions have brought it below.
+    # A longer `initial` is not cut, but takes insertions only once deletions have brought it below. On a GPU every
+    # canvas is as wide as the longest may get.
     max_length: int | None = None
     # Record every step in `Hypotheses.trace`; costs a copy to the host per step.
     trace: bool = False

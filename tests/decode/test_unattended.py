@@ -286,9 +286,13 @@ def test_no_round_of_iterative_refinement_waits(distance, monkeypatch):
         ("CMLM", IterativeRefinement(9)),
     ],
 )
-def test_captured_equals_not_captured_equals_the_cpu(kind, strategy, monkeypatch):
+@pytest.mark.parametrize("leaving", [False, True])
+def test_captured_equals_not_captured_equals_the_cpu(kind, strategy, leaving, monkeypatch):
     model = model_of(kind)
     expected = decode(model, sources(), strategy)
+    if leaving:
+        for module in (levenshtein, iterative_refinement):
+            monkeypatch.setattr(module, "worth_leaving", lambda left, rows, *_: left < rows)
     model = model.cuda()
     captured = decode(model, sources(), strategy)
     monkeypatch.setattr(type(model), "capturable", False)
