@@ -208,6 +208,11 @@ class Run:
         self.model = model.to(self.device)
         bf16 = options.precision == "bf16" or (options.precision == "auto" and self.device.type == "cuda")
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        if bf16 and self.device.type == "cpu":
+            # oneDNN keeps the compiled product of each of the last 1024 shapes, torch as many again, and batches differ
+            # in shape: gigabytes. Both limits are read at the first product.
+            for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+                os.environ.setdefault(name, "128")
         self._module: nn.Module = _Loss(self.model, loss)
         if self.world_size > 1:
             self._module = DistributedDataParallel(self._module)

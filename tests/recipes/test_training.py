@@ -216,6 +216,18 @@ def test_word_level_distillation_and_warm_starts_use_the_teacher(train_arguments
         torch.testing.assert_close(warm[name], tensor, atol=1e-6, rtol=0)
 
 
+def test_bf16_on_the_cpu_keeps_few_compiled_products(train_arguments, tmp_path, monkeypatch):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.setenv(name, "")  # what is set below is taken back after the test
+        monkeypatch.delenv(name)
+    assert main(train_arguments("transformer", tmp_path / "fp32", updates=1, save_every=1)) == 0
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setenv(names[1], "7")  # the user's own
+    assert main(train_arguments("transformer", tmp_path / "bf16", updates=1, save_every=1, precision="bf16")) == 0
+    assert [os.environ[name] for name in names] == ["128", "7"]
+
+
 def test_averaging_is_the_mean(train_arguments, tmp_path):
     assert main(train_arguments("transformer", tmp_path / "run")) == 0
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
