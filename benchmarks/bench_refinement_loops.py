@@ -26,6 +26,8 @@ V, LENGTH = 32000, 24  # vocabulary; tokens of each source, and of about each ou
 class Led(LevenshteinTransformer):
     """Writes LENGTH tokens, deletes one, inserts two and is content; what its heads say is computed all the same."""
 
+    capturable = False  # it counts its rounds
+
     def encode(self, source: Tensor, source_lengths: Tensor) -> Any:
         self.rounds = 0
         return super().encode(source, source_lengths)

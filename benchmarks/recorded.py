@@ -13,6 +13,7 @@ class Recorded:
 
     def __init__(self, model: Any):
         self._model, self._calls = model, []
+        self.capturable = False  # or the calls that a CUDA graph makes would be missed
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)
