@@ -29,7 +29,7 @@ class CanvasPass:
         """`source` holds the cross-attention keys of `decoder`, of all its layers."""
         weights = None
         if compiled.stands_in(decoder):
-            weights = compiled.listed(decoder.embedding, decoder.layers[:depth], decoder.norm)
+            weights = compiled.listed(decoder.embedding, list(decoder.layers)[:depth], decoder.norm)
         return cls(decoder, depth, source, source.mask.sum(1), weights)
 
     def select(self, rows: Tensor) -> CanvasPass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,23 +32,26 @@ def stands_in(*modules: nn.Module) -> bool:
     if not _library.load() or not hasattr(torch.ops.condgen_fast, "transformer_step"):
         return False
     parts = list(modules)
-    while parts:  # nn.Module.modules() and parameters() take four times as long, more than a small decoder's pass
+    while parts:  # nn.Module.modules() and parameters() take many times as long, more than a small decoder's pass
         part = parts.pop()
-        parts += [child for child in part._modules.values() if child is not None]
         if part.training or part._forward_hooks or part._forward_pre_hooks:
             return False
         if type(part) not in _TORCH and type(part).__module__ != "condgen_fast.models.layers":
             return False
-        if not all(fits(value) for value in part._parameters.values() if value is not None):
-            return False
+        for child in part._modules.values():
+            if child is not None:
+                parts.append(child)
+        for value in part._parameters.values():
+            if value is not None and not fits(value):
+                return False
     return True
 
 
-_TORCH = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Identity, nn.ModuleList)
+_TORCH = frozenset((nn.Linear, nn.LayerNorm, nn.Embedding, nn.Identity, nn.ModuleList))
 
 
 def fits(value: Tensor) -> bool:
-    return value.dtype in _DTYPES and value.device.type == "cpu" and value.is_contiguous()
+    return value.dtype in _DTYPES and value.is_cpu and value.is_contiguous()
 
 
 def encode(encoder: Encoder, source: Tensor, lengths: Tensor) -> Tensor:
@@ -118,23 +122,25 @@ def cross_of(memory: Memory) -> list[Tensor]:
     return [tensor.float() for pair in memory.cross for tensor in pair]
 
 
-def listed(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> list[Tensor]:
+def listed(embedding: nn.Module, layers: Iterable[nn.Module], norm: nn.Module) -> list[Tensor]:
     """A stack's tensors in the order of `ops/transformer`."""
     weights = [embedding.tokens.weight, embedding.positions.contiguous()]
     for layer in layers:
-        blocks = [(layer.attention_residual, layer.attention.input, layer.attention.output)]
-        if hasattr(layer, "cross_attention"):
-            cross = layer.cross_attention
-            blocks.append((layer.cross_attention_residual, cross.query, cross.output))
-        blocks.append((layer.feed_forward_residual, layer.feed_forward.inner, layer.feed_forward.outer))
-        for residual, first, second in blocks:
-            weights += [_vector(residual.norm.weight), _vector(residual.norm.bias)]
-            for linear in (first, second):
-                weights += [linear.weight, _vector(linear.bias)]
+        parts = layer._modules  # a module's attributes are slow: for a small decoder together as long as its pass
+        for name, first, second in _BLOCKS:
+            if name not in parts:
+                continue
+            block = parts[name]._modules
+            for part in (parts[f"{name}_residual"]._modules["norm"], block[first], block[second]):
+                weight, bias = part._parameters["weight"], part._parameters["bias"]
+                weights += (weight if weight.dim() == 2 else _vector(weight), _vector(bias))
     if isinstance(norm, nn.LayerNorm):
-        weights += [_vector(norm.weight), _vector(norm.bias)]
+        weights += (_vector(norm.weight), _vector(norm.bias))
     return weights
 
 
+_BLOCKS = (("attention", "input", "output"), ("cross_attention", "query", "output"), ("feed_forward", "inner", "outer"))
+
+
 def _vector(value: Tensor) -> Tensor:
-    return value.float()
+    return value if value.dtype is torch.float32 else value.float()
