@@ -41,6 +41,15 @@ class InsertionDecoding:
     `Hypotheses.scores` are mean log-probabilities of the tokens (0 for an empty output), each of the iteration that
     inserted it; given tokens have log-probability 0, as has eos.
 
+    The package has no model with slots and no recipe that trains one: an `InsertionModel` is the user's own. Ready to
+    use are Levenshtein Transformers, the shipped one among them, without their deletions. They were trained to have
+    these, so the output repeats words that `levenshtein` would delete; what it is good for is words that must stay:
+
+        model, vocabulary = load_model("levenshtein-en-de")
+        source = [[*ids, model.eos_id] for ids in vocabulary.encode(["Open the file."])]
+        found = decode(model, source, InsertionDecoding(initial=vocabulary.encode(["Datei"])))
+        vocabulary.decode([found.to_lists()[0][0]])  # ["Öffnen Sie die Datei."]
+
     Source: "Insertion Transformer", arXiv:1902.03249, sections 3 and 4.
     """
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from refinement_helpers import BOS, EOS, MASK, PAD, RandomModel, ScriptedModel, sure
 
 from condgen_fast.decode import InsertionDecoding, LevenshteinRefinement, decode
+from condgen_fast.models.checkpoint import load_model
 
 VOCABULARY = 40
 
@@ -70,7 +71,7 @@ def test_a_balanced_tree_is_complete_after_its_depth(lengths):
 
 def test_sequential_takes_the_surest_slot_and_the_left_one_of_equals():
     canvases = {}
-    for name, probability in (("rising", lambda place, n: 0.5 + 0.01 * place), ("equal", lambda *_: 0.5)):
+    for name, probability in (("rising", lambda place, n: 0.5 + 0.01 * place), ("equal", lambda *_: 1.0)):
         model = TreeModel([7], probability)
         result = decode(model, [[5]], "insert", max_length=60, mode="sequential", trace=True)
         canvases[name] = [
@@ -266,3 +267,16 @@ def test_a_model_without_slots_is_refused():
         TypeError, match="InsertionDecoding needs a InsertionModel or EditModel; Other has no encode, select"
     ):
         decode(Other(), [[5]], "insert")
+
+
+def test_the_example_of_the_shipped_levenshtein_transformer():
+    """As the docstring of InsertionDecoding has it, and with a word that the model would not have chosen."""
+    try:
+        model, vocabulary = load_model("levenshtein-en-de")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    source = [[*ids, model.eos_id] for ids in vocabulary.encode(["Open the file."])]
+    for word in ("Datei", "Folie"):
+        found = decode(model, source, InsertionDecoding(initial=vocabulary.encode([word])))
+        [text] = vocabulary.decode([found.to_lists()[0][0]])
+        assert word in text and (text == "Öffnen Sie die Datei." or word == "Folie")
