@@ -22,7 +22,8 @@ constexpr int64_t kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;  // accum
 constexpr int kTileVectors = 2;
 constexpr int64_t kTileOutputs = kTileVectors * kLanes;
 // Weights are fetched this many squares ahead, in the order of their use: a square reads kLanes rows at once, which the
-// processor's own prefetching does not follow at the speed of memory.
+// processor's own prefetching does not follow at the speed of memory. And again at half the way: what is asked for
+// while too much is on its way is dropped.
 constexpr int64_t kAhead = 16;
 
 // Lane j of square[i] is the weight of output j and input i, for `outputs` and `inputs` of them
@@ -88,9 +89,11 @@ void few_rows(const LinearArguments& arguments, const T* weights, const float* x
       for (int r = 0; r < kRows; ++r) sum[r] = Vec(Floats{});
       for (int64_t k = start; k < std::min(inputs, start + kDepth); k += kLanes) {
         const int64_t depth = std::min(kLanes, inputs - k);
-        // beyond the end of its row is the next, which is read already: that kLanes below it begins
-        const uintptr_t fetched = reinterpret_cast<uintptr_t>(row + k) + kAhead * kLanes * sizeof(T);
-        fetch_square(k + kAhead * kLanes < inputs ? fetched : fetched + (kLanes - 1) * pitch, pitch);
+        for (const int64_t ahead : {kAhead, kAhead / 2}) {
+          // beyond the end of its row is the next, which is read already: that kLanes below it begins
+          const uintptr_t fetched = reinterpret_cast<uintptr_t>(row + k) + ahead * kLanes * sizeof(T);
+          fetch_square(k + ahead * kLanes < inputs ? fetched : fetched + (kLanes - 1) * pitch, pitch);
+        }
         Vec square[kLanes];
         load_square(row + k, inputs, outputs, depth, square);
         if (depth == kLanes) {
