@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,9 +36,8 @@ class _Place:
 
         What the garbage collector might free meanwhile, a kernel or another graph, would break the capture.
         """
-        current, collects = torch.cuda.current_stream(), gc.isenabled()
-        gc.disable()
-        try:
+        current = torch.cuda.current_stream()
+        with _PAUSE.collector():
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -45,9 +46,31 @@ class _Place:
                 finally:
                     graph.capture_end()
             current.wait_stream(self._stream)
+
+
+class _Pause:
+    """Of the garbage collector, which is on again when the last of the threads that asked for it is done."""
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._was_on = threading.Lock(), 0, False
+
+    @contextmanager
+    def collector(self) -> Iterator[None]:
+        with self._lock:
+            if self._threads == 0:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._threads += 1
+        try:
+            yield
         finally:
-            if collects:
-                gc.enable()
+            with self._lock:
+                self._threads -= 1
+                if self._threads == 0 and self._was_on:
+                    gc.enable()
+
+
+_PAUSE = _Pause()
 
 
 # Of each stream that graphs are launched on: there they use a pool in turn.
@@ -60,7 +83,8 @@ class Captured:
     `function` takes and returns nothing: it reads and writes tensors in place, which must live as long as this object,
     and neither waits for the device nor changes a shape. On a GPU its first call runs as it is, so that kernels are
     compiled and libraries take their workspace; the second is captured; from then on the graph is replayed and the
-    Python in `function` does not run any more. On other devices every call runs it.
+    Python in `function` does not run any more. On other devices every call runs it. `device` need not be the current one:
+    it is while `function` runs and when its graph is launched, on the stream that is current on it.
 
     Capturing costs about two calls. What `function` allocates belongs to the graph and is overwritten by the next
     replay. Another thread may use the device meanwhile.
@@ -73,16 +97,19 @@ class Captured:
         self._warm = False
 
     def __call__(self) -> None:
-        if self._device.type != "cuda" or not self._warm:
+        if self._device.type != "cuda":
             self._function()
-            self._warm = True
             return
-        if self._graph is None:
-            with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device):
+            if not self._warm:
+                self._function()
+                self._warm = True
+                return
+            if self._graph is None:
                 self._free = _FREE[torch.cuda.current_stream()]
                 place = self._free.pop() if self._free else _Place()
                 self._graph, self._place = place.capture(self._function), place
-        self._graph.replay()
+            self._graph.replay()
 
     def __del__(self) -> None:
         self._graph = None  # before its place is another's

@@ -12,9 +12,10 @@ from condgen_fast._check import check_number
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.steps import Steps
 
-# On a GPU the host asks this rarely whether every sentence is finished: each answer waits for the device.
+# On a GPU the host asks only after so many steps whether every sentence is finished. Greedy search and sampling wait for
+# the answer; beam search reads it later (`Unfinished`).
 STEPS_BETWEEN_CHECKS = 8
-STEPS_IN_PLACE = 2  # likewise, where a whole step is one launch, so that the host would run far ahead of the answer
+STEPS_IN_PLACE = 2  # of beam search where a whole step is one launch, so that the host runs far ahead of the answer
 
 
 def target_limits(model: Any, source_lengths: Tensor, max_length: int | None, min_length: int = 0) -> Tensor:
@@ -36,8 +37,8 @@ def longest_target(model: Any, width: int, max_length: int | None, min_length: i
 
 
 def end_ids(model: Any) -> list[int]:
-    """All the ids that end a hypothesis."""
-    return list(getattr(model, "eos_ids", None) or [model.eos_id])
+    """All the ids that end a hypothesis, each once."""
+    return list(dict.fromkeys(getattr(model, "eos_ids", None) or [model.eos_id]))
 
 
 def never_generated(model: Any) -> list[int]:
@@ -73,7 +74,7 @@ class Unfinished:
     def __init__(self, finished: Tensor, sentences: int) -> None:
         self._finished, self._sentences, self._asked = finished, sentences, False
         if finished.device.type == "cuda":
-            self._answer = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._answer = torch.zeros((), dtype=torch.int64, pin_memory=True)
             self._event = torch.cuda.Event()
 
     def count(self, *, ask: bool) -> int | None:
@@ -86,7 +87,8 @@ class Unfinished:
             count, self._asked = self._sentences - int(self._answer), False
         if ask:
             self._answer.copy_(self._finished, non_blocking=True)
-            self._event.record()
+            # of the tensors' device, which need not be the current one
+            self._event.record(torch.cuda.current_stream(self._finished.device))
             self._asked = True
         return count
 

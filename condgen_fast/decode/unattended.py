@@ -33,7 +33,8 @@ class Running:
         self._flags.copy_(running, non_blocking=True)
         if self._gpu:
             self._event = torch.cuda.Event()
-            self._event.record()
+            # of the tensors' device, which need not be the current one
+            self._event.record(torch.cuda.current_stream(running.device))
 
     def read(self) -> list[bool]:
         """What `ask` was given last."""

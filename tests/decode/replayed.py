@@ -7,6 +7,8 @@ is exchanged for another) stays as it was when it was recorded, as in a graph, a
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -61,3 +63,27 @@ def replayed(monkeypatch, *modules):
             patch.setattr(module, "may_capture", lambda device: True)
         with torch.no_grad():
             yield recordings
+
+
+def left_behind(decodes, monkeypatch, *modules) -> list[Captured]:
+    """The graphs of a call that still live when it has returned: what only the garbage collector frees keeps a call's
+    memory for a while. `modules` as in `replayed`."""
+    made, init = [], Captured.__init__
+
+    def remember(self: Captured, *arguments) -> None:
+        init(self, *arguments)
+        made.append(weakref.ref(self))
+
+    with replayed(monkeypatch, *modules) as recordings, monkeypatch.context() as patch:
+        decodes()  # what PyTorch loads at the first may well leave something
+        patch.setattr(Captured, "__init__", remember)
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            decodes()
+            recordings.clear()
+            assert made
+            return [graph for graph in (ref() for ref in made) if graph is not None]
+        finally:
+            if was_on:
+                gc.enable()

@@ -69,6 +69,15 @@ def test_several_ends():
         assert not ((found.tokens == 1) | (found.tokens == 4)).any() and (found.scores > -math.inf).all()
 
 
+def test_an_end_that_is_named_twice_is_one():
+    for options in (dict(max_length=1), dict(max_length=4, min_length=2), dict(choose="sample", seed=0)):
+        beam = BeamSearch(beam_size=4, n_best=4, **options)
+        twice = model()
+        twice.eos_ids = (1, 1)
+        found, expected = decode(twice, SOURCE, beam), decode(model(), SOURCE, beam)
+        assert found.to_lists() == expected.to_lists() and torch.equal(found.scores, expected.scores)
+
+
 @pytest.mark.parametrize("cls", [TableModel, ShrinkingTableModel])
 def test_ragged_prefixes(cls):
     prefixes = [[2, 3, 2][: s % 4] for s in range(SENTENCES)]

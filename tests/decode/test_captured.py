@@ -10,6 +10,8 @@ import torch
 
 from condgen_fast.decode import captured
 from condgen_fast.decode.captured import Captured
+from condgen_fast.decode.left_to_right import Unfinished
+from condgen_fast.decode.unattended import Running
 
 
 class Graph:
@@ -23,6 +25,7 @@ class Graph:
         assert capture_error_mode == "thread_local" and not gc.isenabled() and not self.cuda.capturing
         assert self.cuda.stream is not None and (pool is None or pool.graph in self.cuda.living)
         self.stream, self.made_in, self.cuda.capturing = self.cuda.stream, pool, True
+        self.device = self.cuda.device
 
     def capture_end(self):
         assert self.cuda.capturing
@@ -32,6 +35,7 @@ class Graph:
         return Pool(self)
 
     def replay(self):
+        assert self.cuda.device == self.device
         self.replays += 1
 
 
@@ -50,15 +54,24 @@ class Cuda:
 
     def __init__(self):
         self.living, self.capturing, self.stream, self.current = [], False, None, Stream()
+        self.device, self.streams = 0, {}
 
+    @contextlib.contextmanager
     def on(self, stream):
-        @contextlib.contextmanager
-        def within():
-            before, self.stream = self.stream, stream
-            yield
-            self.stream = before
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
 
-        return within()
+    @contextlib.contextmanager
+    def at(self, device):
+        before, self.device = self.device, device.index
+        yield
+        self.device = before
+
+    def stream_of(self, device=None):
+        """The current one; of the first device it is `current`."""
+        index = self.device if device is None else device.index
+        return self.current if index == 0 else self.streams.setdefault(index, Stream())
 
 
 @pytest.fixture
@@ -67,12 +80,15 @@ def cuda(monkeypatch):
     monkeypatch.setattr(captured, "_FREE", captured.defaultdict(list))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(fake))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: fake.current)
+    monkeypatch.setattr(torch.cuda, "current_stream", fake.stream_of)
     monkeypatch.setattr(torch.cuda, "stream", fake.on)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
+    monkeypatch.setattr(torch.cuda, "device", fake.at)
+    monkeypatch.setattr(torch, "zeros", on_the_host(torch.zeros))
     return fake
+
+
+def on_the_host(make):
+    return lambda *shape, device=None, pin_memory=False, **options: make(*shape, **options)
 
 
 GPU = torch.device("cuda", 0)
@@ -126,6 +142,58 @@ def test_a_function_that_fails_leaves_no_capture_open_and_the_collector_on(cuda)
     assert not cuda.capturing and gc.isenabled()
     del once
     assert not captured._FREE[cuda.current]  # nobody captures where that went wrong
+
+
+def test_a_device_that_is_not_the_current_one_is_made_so(cuda):
+    devices = []
+    once = Captured(lambda: devices.append(cuda.device), torch.device("cuda", 1))
+    for _ in range(3):
+        once()
+    assert devices == [1, 1] and once._graph.device == 1 and cuda.device == 0
+    del once
+    assert not captured._FREE[cuda.current] and len(captured._FREE[cuda.streams[1]]) == 1
+
+
+def test_the_collector_is_on_again_when_the_last_thread_has_captured(cuda):
+    """Another thread begins within a capture and ends after it."""
+    pause = captured._PAUSE.collector()
+    once = Captured(lambda: cuda.capturing and pause.__enter__(), GPU)
+    once()
+    once()
+    assert not gc.isenabled()
+    pause.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
+class Event:
+    def __init__(self, recorded):
+        self.recorded = recorded
+
+    def record(self, stream=None):
+        self.recorded.append(stream)
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+
+def test_answers_are_waited_for_on_their_own_device(cuda, monkeypatch):
+    """And say nothing wrong before they are there."""
+    recorded, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(recorded))
+    full = torch.full
+
+    class OnDevice(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch, "empty", on_the_host(lambda shape, **options: full(shape, 77, **options)))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, non_blocking: self)
+    unfinished = Unfinished(torch.zeros((), dtype=torch.int64).as_subclass(OnDevice), 8)
+    assert unfinished.count(ask=True) is None and unfinished.count(ask=False) == 8
+    Running(device).ask(torch.zeros(3, dtype=torch.bool).as_subclass(OnDevice))
+    assert recorded == [cuda.stream_of(device)] * 2 != [cuda.current] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from masked_models import ALL_POLICIES, POLICIES
 from refinement_helpers import MASK, Lagging
-from replayed import replayed
+from replayed import left_behind, replayed
 from test_unattended import model_of, same, sources
 
 from condgen_fast.decode import (
@@ -80,3 +80,14 @@ def test_block_diffusion(policy, on_a_gpu, monkeypatch):
     assert recordings
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.iterations, expected.iterations)
     torch.testing.assert_close(found.token_log_probs, expected.token_log_probs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [("CMLM", MaskPredict(iterations=4)), ("LevT", LevenshteinRefinement(max_iterations=4)), ("CMLM", "refine")],
+    ids=str,
+)
+def test_no_graph_outlives_its_call(kind, strategy, on_a_gpu, monkeypatch):
+    model = model_of(kind)
+    on_a_gpu()
+    assert not left_behind(lambda: decode(model, sources(), strategy), monkeypatch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_gpu import Launches, fake_gpu
-from replayed import replayed
+from replayed import left_behind, replayed
 
 from condgen_fast.decode import BeamSearch, Greedy, Sampling, Trie, beam_search, decode, left_to_right
 from condgen_fast.decode.steps import Steps
@@ -77,6 +77,13 @@ def test_replayed_steps_find_the_same(model, strategy, monkeypatch):
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
     assert len(recordings) > 1 and rows[0] == 16 and rows[-1] < 16  # sentences have left, others been captured anew
     assert len(rows) <= 2 * len(recordings) + 1 < int(expected.iterations.max())
+
+
+@pytest.mark.parametrize(
+    "strategy", [Greedy(), Sampling(seed=1), BeamSearch(beam_size=2)], ids=lambda s: type(s).__name__
+)
+def test_no_graph_outlives_its_call(model, strategy, monkeypatch):
+    assert not left_behind(lambda: decode(model, sources(16), strategy), monkeypatch, left_to_right, beam_search)
 
 
 @pytest.mark.parametrize("strategy", OTHERS, ids=str)
