@@ -57,7 +57,7 @@ def of_groups(
         if chosen is not None:
             same = (found.tokens[:, :, None] == chosen[:, None]).sum(2)
             found = found._replace(sums=found.sums + diversity * same)
-        kept = found.tokens[:, :k]
+        kept = found.tokens[:, :k].masked_fill(found.ranks[:, :k] == -torch.inf, -1)
         chosen = kept if chosen is None else torch.cat([chosen, kept], 1)
         parts.append(found._replace(parents=found.parents + g * k))
     return Candidates(*(torch.stack(column, 1).flatten(0, 1) for column in zip(*parts, strict=True)))
@@ -128,16 +128,17 @@ def gumbel(keys: Tensor) -> Tensor:
 
 def _totals(logits: Tensor, sums: Tensor, adjust: Adjustments | None, allowed: Allowed | None) -> Tensor:
     logits = torch.where(logits.isnan(), -torch.inf, logits.float())
-    totals = sums[..., None] + (logits - log_sum(logits)[..., None]).nan_to_num(nan=-torch.inf)
+    totals = sums[..., None] + (logits - log_sum(logits)[..., None]).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     R, K, V = totals.shape
     if adjust is not None:
-        known = adjust.tokens >= 0
+        known = (adjust.tokens >= 0) & (adjust.tokens < V)
         totals = totals.scatter_add(2, adjust.tokens.where(known, 0), adjust.amounts.where(known, 0.0))
     if allowed is not None:
         # where allowed.first <= place of a token in the list < allowed.last
         places = torch.arange(allowed.tokens.shape[0], device=totals.device)
-        inside = (places >= allowed.first[..., None]) & (places < allowed.last[..., None])  # [R, K, E]
-        index = allowed.tokens.expand(R, K, -1)
+        known = (allowed.tokens >= 0) & (allowed.tokens < V)
+        inside = known & (places >= allowed.first[..., None]) & (places < allowed.last[..., None])  # [R, K, E]
+        index = allowed.tokens.where(known, 0).expand(R, K, -1)
         mask = torch.zeros(R, K, V, dtype=torch.int32, device=totals.device)
         mask = mask.scatter_add(2, index, inside.int()) > 0
         totals = torch.where(mask | (allowed.first < 0)[..., None], totals, -torch.inf)

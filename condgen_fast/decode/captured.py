@@ -83,8 +83,9 @@ class Captured:
     `function` takes and returns nothing: it reads and writes tensors in place, which must live as long as this object,
     and neither waits for the device nor changes a shape. On a GPU its first call runs as it is, so that kernels are
     compiled and libraries take their workspace; the second is captured; from then on the graph is replayed and the
-    Python in `function` does not run any more. On other devices every call runs it. `device` need not be the current one:
-    it is while `function` runs and when its graph is launched, on the stream that is current on it.
+    Python in `function` does not run any more. On other devices every call runs it.
+
+    `device` need not be the current one: here it is, on the stream that is current there.
 
     Capturing costs about two calls. What `function` allocates belongs to the graph and is overwritten by the next
     replay. Another thread may use the device meanwhile.

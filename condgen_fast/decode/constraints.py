@@ -59,7 +59,8 @@ def penalties(logits: Tensor, history: Tensor, penalty: float) -> Adjustments:
     tokens = history.sort(2).values
     repeated = torch.nn.functional.pad(tokens.diff(dim=2) == 0, (1, 0))
     log_probs = logits.gather(2, tokens).float() - log_sum(logits)[..., None]
-    return Adjustments(tokens.masked_fill(repeated, -1), log_probs * (penalty - 1))
+    amounts = torch.where(log_probs.isfinite(), log_probs * (penalty - 1), -torch.inf)  # of others it cannot follow
+    return Adjustments(tokens.masked_fill(repeated, -1), amounts)
 
 
 def without(logits: Tensor, banned: Adjustments) -> Tensor:

@@ -12,8 +12,8 @@ from condgen_fast._check import check_number
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.steps import Steps
 
-# On a GPU the host asks only after so many steps whether every sentence is finished. Greedy search and sampling wait for
-# the answer; beam search reads it later (`Unfinished`).
+# On a GPU the host asks only after so many steps whether every sentence is finished. Greedy search and sampling wait
+# for the answer; beam search reads it later (`Unfinished`).
 STEPS_BETWEEN_CHECKS = 8
 STEPS_IN_PLACE = 2  # of beam search where a whole step is one launch, so that the host runs far ahead of the answer
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -166,3 +167,34 @@ def plain_beam_search(
             if finished[n_best - 1][0] >= bound:
                 break
     return Reference(finished[:n_best], length, margin)
+
+
+def assert_same(a, b, places=None):
+    """Hypotheses of the sentences `places` of `b` are those of `a`, whatever the widths."""
+    for i in range(a.tokens.shape[0]):
+        j = i if places is None else places[i]
+        assert a.to_lists()[i] == b.to_lists()[j]
+        torch.testing.assert_close(a.scores[i], b.scores[j], rtol=0, atol=0)
+        assert a.iterations[i] == b.iterations[j]
+        width = min(a.token_log_probs.shape[2], b.token_log_probs.shape[2])
+        torch.testing.assert_close(a.token_log_probs[i, :, :width], b.token_log_probs[j, :, :width], rtol=0, atol=0)
+        assert (a.token_log_probs[i, :, width:] == 0).all() and (b.token_log_probs[j, :, width:] == 0).all()
+
+
+def assert_consistent(model, sources, hypotheses, normalization="power", length_penalty=1.0, atol=1e-5):
+    """Padding, lengths, per-token log-probabilities by teacher forcing, and the score made of them."""
+    for i, sentence in enumerate(sources):
+        for j, length in enumerate(hypotheses.lengths[i].tolist()):
+            tokens = hypotheses.tokens[i, j].tolist()
+            assert tokens[length:] == [model.pad_id] * (len(tokens) - length)
+            assert not {model.bos_id, model.eos_id, model.pad_id} & set(tokens[:length])
+            score = hypotheses.scores[i, j].item()
+            if score == -math.inf:
+                assert length == 0
+                continue
+            log_probs = hypotheses.token_log_probs[i, j].tolist()
+            expected = log_probs_of(model, sentence, tokens[:length])
+            assert log_probs[: length + 1] == pytest.approx(expected, abs=atol)
+            assert log_probs[length + 1 :] == [0.0] * (len(log_probs) - length - 1)
+            total = math.fsum(log_probs) / norm(length + 1, normalization, length_penalty)
+            assert total == pytest.approx(score, abs=atol)

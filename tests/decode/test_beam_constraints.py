@@ -148,6 +148,20 @@ def test_repetition_penalty():
     assert penalised.token_log_probs[0, 0, : len(expected)].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("impossible", [math.nan, -math.inf])
+@pytest.mark.parametrize("options", [dict(), dict(impl="reference"), dict(choose="sample", temperature=0.01)], ids=str)
+@pytest.mark.parametrize("penalty", [1.5, 0.5])
+def test_a_penalty_on_what_cannot_follow(impossible, options, penalty):
+    """Token 2 comes first and has no probability afterwards: it must not come back, nor take others with it."""
+    table = torch.zeros(1, 40, 5)
+    table[..., 1] = -3.0
+    table[0, 0, 2] = 3.0
+    table[0, 1:, 2], table[0, 1:, 3] = impossible, 1.0
+    beam = BeamSearch(beam_size=2, n_best=2, max_length=4, compat="hf", repetition_penalty=penalty, seed=0, **options)
+    found = decode(TableModel(table), [[0]], beam)
+    assert (found.scores > -2).all() and all(tokens[0] == 2 not in tokens[1:] for tokens in found.to_lists()[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

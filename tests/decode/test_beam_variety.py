@@ -7,10 +7,9 @@ import math
 
 import pytest
 import torch
-from helpers import ShrinkingTableModel, TableModel, log_probs_of, random_table
-from test_beam_search import assert_consistent, assert_same
+from helpers import ShrinkingTableModel, TableModel, assert_consistent, assert_same, log_probs_of, random_table
 
-from condgen_fast.decode import BeamSearch, decode
+from condgen_fast.decode import BeamSearch, Trie, decode
 
 DRAWS = [dict(choose="stochastic"), dict(choose="sample", temperature=1.5)]
 
@@ -179,6 +178,39 @@ def test_the_same_in_any_batch(options):
     for row, sentence in zip(padded, source, strict=True):
         row[: len(sentence)] = torch.tensor(sentence)
     assert_same(decode(model, padded, beam), whole)
+
+
+@pytest.mark.parametrize("options", [*DRAWS, dict()], ids=str)
+def test_nothing_impossible_is_drawn(options):
+    """Hypotheses of probability zero, of rows with a logit of +inf, or of ids beyond the vocabulary."""
+
+    def search(row, **more):
+        beam = BeamSearch(beam_size=7, n_best=7, max_length=3, **options, **more)
+        found = decode(TableModel(torch.tensor(row).expand(1, 1, 6)), [[0]], beam)
+        real = found.scores[0] > -math.inf
+        assert (found.scores[0] > -1e30).equal(real)
+        return [tokens for tokens, is_one in zip(found.to_lists()[0], real.tolist(), strict=True) if is_one]
+
+    INF = math.inf
+    assert search([-INF, -INF, 1.0, 0.0, -INF, -INF]) == []  # no end
+    assert search([-INF, -1.0, 1.0, -INF, -INF, -INF]) != []
+    assert all(set(tokens) <= {2} for tokens in search([-INF, -1.0, 1.0, -INF, -INF, -INF]))
+    assert search([0.0, 0.0, INF, 0.0, 0.0, 0.0]) == []
+    assert search([0.0] * 6, trie=Trie([[7], [2], [9, 2]])) == [[2]]
+
+
+def test_places_that_nobody_took_choose_no_token():
+    """The first group has one hypothesis, of token 2; that token 0 stands in its other places costs nobody anything."""
+    model = TableModel(torch.tensor([0.0, 0.0, 0.5, 0.0]).expand(1, 1, 4), pad_id=3, bos_id=3)
+    beam = BeamSearch(
+        beam_size=6, groups=2, diversity=1.0, n_best=2, max_length=3, trie=Trie([[0, 2], [2, 2]]), keep_lattice=True
+    )
+    lattice = decode(model, [[0]], beam).lattice
+    assert lattice.tokens[0, 0, :2].tolist() == [2, 0] and lattice.ranks[0, 0, 2] == -math.inf
+    lost = dict(
+        zip(lattice.tokens[0, 0, 3:5].tolist(), (lattice.scores - lattice.ranks)[0, 0, 3:5].tolist(), strict=True)
+    )
+    assert lost == {2: pytest.approx(1.0), 0: pytest.approx(1.0)}
 
 
 def test_lattice_holds_the_search():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_hugging_face import V, generated, raise_eos, sources, transformers
+from hugging_face_helpers import V, generated, raise_eos, sources
 
 from condgen_fast.decode import BeamSearch, adapt, decode, score
+
+transformers = pytest.importorskip("transformers")
 
 IDS = dict(vocab_size=V, pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder_start_token_id=1)
 HALF = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)

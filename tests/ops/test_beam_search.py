@@ -286,6 +286,14 @@ def test_adjusted_totals(B, K, V, k, impl, device):
 
 
 @impls
+def test_no_adjustment_makes_possible_what_is_not(impl, device):
+    logits = torch.tensor([[[NAN, -INF, 0.0, 1.0]]], device=device)
+    adjust = Adjustments(torch.tensor([[[0, 1, 2]]], device=device), torch.tensor([[[INF, INF, 2.0]]], device=device))
+    found = beam_topk(logits, torch.zeros(1, 1, device=device), 4, adjust=adjust, impl=impl)
+    assert found.tokens.tolist() == [[2, 3, 0, 0]] and found.scores[0, 2:].tolist() == [-INF, -INF]
+
+
+@impls
 @pytest.mark.parametrize(("B", "K", "V", "k"), [(3, 4, 40, 9), (2, 5, 5000, 10), (2, 3, 70, 300)])
 def test_allowed_tokens(B, K, V, k, impl, device):
     generator = torch.Generator().manual_seed(V)

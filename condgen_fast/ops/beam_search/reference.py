@@ -66,7 +66,8 @@ def beam_topk(
     totals = scores[..., None] + (below - log_sum[..., None])
     if adjust is not None:
         known = (adjust.tokens >= 0) & (adjust.tokens < V)
-        totals = totals.scatter_add(2, adjust.tokens.where(known, 0), adjust.amounts.where(known, 0.0))
+        adjusted = totals.scatter_add(2, adjust.tokens.where(known, 0), adjust.amounts.where(known, 0.0))
+        totals = torch.where(totals == -torch.inf, -torch.inf, adjusted)
     if allowed is not None:
         totals = torch.where(_mask(allowed, B, K, V), totals, -torch.inf)
     totals = torch.where(alive[..., None], totals, -torch.inf)
