@@ -342,7 +342,7 @@ class BlockDiffusion:
             token_log_probs=torch.where(scored, log_probs.gather(1, index), 0.0)[:, None],
             iterations=passes,
             ended=ended[:, None],
-            trace=recorder.traces(list(range(len(tokens))), passes.tolist()) if recorder else None,
+            trace=recorder.traces(passes, tokens, log_probs) if recorder else None,
         )
 
 

@@ -160,6 +160,15 @@ def mean_log_prob(log_probs: Tensor, counted: Tensor) -> Tensor:
     return (total / counted.sum(1).clamp(min=1)).float()
 
 
+def best_first(scores: Tensor, exists: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` highest of scores [B, K] and where they stand [B, n], ties from left to right.
+
+    What does not exist comes last, with -inf, behind what has a score of -inf itself.
+    """
+    order = (-scores).masked_fill(~exists, torch.nan).argsort(dim=1, stable=True)[:, :n]  # NaN comes last
+    return scores.masked_fill(~exists, -torch.inf).gather(1, order), order
+
+
 def hypotheses(
     model: FillModel | EditModel,
     tokens: Tensor,

@@ -22,6 +22,7 @@ from condgen_fast.decode.canvas import (
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel, InsertionModel
 from condgen_fast.decode.trace import Recorder
+from condgen_fast.decode.unattended import on_device
 from condgen_fast.ops.levenshtein import apply_edits
 from condgen_fast.ops.refinement import remask, row_stats
 
@@ -135,15 +136,15 @@ class InsertionDecoding:
         if active:
             _note(final_tokens, tokens, rows), _note(final_log_probs, log_probs, rows)
 
-        lengths = (final_tokens != model.pad_id).sum(1) - 2
+        lengths, rounds = (final_tokens != model.pad_id).sum(1) - 2, on_device(iterations, device)
         return hypotheses(
             model,
             final_tokens[:, None],
             final_log_probs[:, None],
             lengths[:, None],
             mean_log_prob(final_log_probs, between(lengths, width))[:, None],
-            torch.tensor(iterations, device=device),
-            recorder.traces(list(range(batch)), iterations) if recorder else None,
+            rounds,
+            recorder.traces(rounds, final_tokens, final_log_probs) if recorder else None,
         )
 
     def _bounds(self, model: InsertionModel | EditModel, source_lengths: Tensor) -> Tensor:

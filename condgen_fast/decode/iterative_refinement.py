@@ -141,7 +141,7 @@ class IterativeRefinement:
             lengths[:, None],
             mean_log_prob(final_log_probs, between(lengths, final_tokens.shape[1]))[:, None],
             iterations,
-            recorder.traces(list(range(batch)), iterations.tolist()) if recorder else None,
+            recorder.traces(iterations, final_tokens, final_log_probs) if recorder else None,
         )
 
     def _round(self, model: FillModel, now: _Sentences, where: Tensor) -> None:

@@ -80,7 +80,7 @@ class LevenshteinRefinement:
             lengths[:, None],
             scores[:, None],
             results.iterations,
-            recorder.traces(list(range(batch)), results.iterations.tolist()) if recorder else None,
+            recorder.traces(results.iterations, results.tokens, results.log_probs) if recorder else None,
         )
 
     def _bounds(self, model: EditModel, source_lengths: Tensor) -> Tensor:

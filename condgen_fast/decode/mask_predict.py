@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number
-from condgen_fast.decode.canvas import between, fill, hypotheses, mean_log_prob, true_positions
+from condgen_fast.decode.canvas import best_first, between, fill, hypotheses, mean_log_prob, true_positions
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
@@ -26,7 +26,8 @@ class MaskPredict:
     all of them; round t = 1 … iterations-1 masks the floor(N·(iterations−t)/iterations) tokens of lowest
     log-probability again (ties: the lower position) and predicts them anew, while every other token keeps the
     log-probability of the round that wrote it. The candidate of highest mean log-probability is returned (ties: the
-    more probable length). bos, eos, pad and mask are never predicted, never masked and never returned.
+    more probable length; in a "window" the one nearer to its middle, then the shorter). bos, eos, pad and mask are
+    never predicted, never masked and never returned.
 
     `Hypotheses.scores` are the mean log-probabilities of the tokens, `token_log_probs` holds 0 for eos, and
     `iterations` counts the decoder passes of a sentence: a round with nothing to mask (N < iterations) does not run.
@@ -88,19 +89,17 @@ class MaskPredict:
         else:
             self._refine(model, memory, tokens, log_probs, maskable, schedule, counts, recorder)
 
-        scores = mean_log_prob(log_probs, maskable).view(batch, beam).masked_fill(~possible, -torch.inf)
-        lengths = lengths.masked_fill(~possible, 0)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        scores, order = scores[:, : self.n_best], order[:, : self.n_best]
+        scores, order = best_first(mean_log_prob(log_probs, maskable).view(batch, beam), possible, self.n_best)
         best = order + torch.arange(0, batch * beam, beam, device=device)[:, None]  # [B, n], rows of the canvases
+        tokens, log_probs, first = tokens[best], log_probs[best], best[:, 0]
         return hypotheses(
             model,
-            tokens[best],
-            log_probs[best],
-            lengths.gather(1, order),
+            tokens,
+            log_probs,
+            lengths.masked_fill(~possible, 0).gather(1, order),
             scores,
             rounds.view(batch, beam).amax(1),
-            recorder.traces(best[:, 0].tolist(), rounds.tolist()) if recorder else None,
+            recorder.traces(rounds[first], tokens[:, 0], log_probs[:, 0], first) if recorder else None,
         )
 
     def _refine(
@@ -146,7 +145,10 @@ class MaskPredict:
         return max(length * (self.iterations - t) // self.iterations, min(self.min_remasked, length))
 
     def _candidate_lengths(self, model: FillModel, memory: object) -> tuple[Tensor, Tensor]:
-        """The lengths [B, K] to try, the most probable first (ties: the shorter), and whether each is possible."""
+        """The lengths [B, K] to try, the most probable first (ties: the shorter), and whether each is possible.
+
+        Of a window those nearer to it come first (ties: the shorter).
+        """
         logits = model.length_logits(memory)[:, 1:]  # of lengths 1, 2, …
         longest = getattr(model, "max_positions", None)
         if longest is not None:

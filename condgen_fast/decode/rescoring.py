@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from condgen_fast._check import check_number
+from condgen_fast.decode.canvas import best_first
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import StepModel, missing_members
 from condgen_fast.decode.scoring import score
@@ -20,9 +21,9 @@ class Rescored:
 
     The `n_best` hypotheses of `strategy` are read by `teacher` in one batch, and `Hypotheses.scores` and
     `token_log_probs` are the teacher's: the sum of log-probabilities, eos included, over length ** length_penalty,
-    length counting eos where there is one. Ties keep the order of `strategy`; hypotheses that it counts as none (score
-    -inf) stay last. A trace, asked for by the option of `strategy`, remains that of the hypothesis which that found
-    best.
+    length counting eos where there is one. Ties keep the order of `strategy`; places for which it has no hypothesis
+    (length 0, score -inf) stay last. A trace, asked for by the option of `strategy`, remains that of the hypothesis
+    which that found best.
 
         decode(cmlm, source, Rescored(MaskPredict(n_best=5), teacher))
 
@@ -48,8 +49,8 @@ class Rescored:
         check_number(self.length_penalty, "length_penalty", minimum=0.0)
 
     @property
-    def model_protocol(self) -> type | None:
-        return getattr(self.strategy, "model_protocol", None)
+    def model_protocol(self) -> type | tuple[type, ...]:
+        return getattr(self.strategy, "model_protocol", ())
 
     def run(self, model: Any, source: Tensor, source_lengths: Tensor) -> Hypotheses:
         """Decode source int64 [B, S] with source_lengths [B]."""
@@ -61,13 +62,13 @@ class Rescored:
                     f"teacher must have the model's {name}, {getattr(model, name)}; got {getattr(self.teacher, name)}"
                 )
         found = _traced(self.strategy.run(model, source, source_lengths), model, self.strategy)
+        exists = (found.lengths > 0) | (found.scores > -torch.inf)
+        real = replace(found, scores=torch.zeros_like(found.scores).masked_fill(~exists, -torch.inf))
         with _eval_mode(self.teacher):
-            log_probs = score(self.teacher, source, found, source_lengths=source_lengths)
+            log_probs = score(self.teacher, source, real, source_lengths=source_lengths)
         counted = (found.lengths + found.ended.long()).clamp(min=1).double()
         scores = log_probs.double().sum(2) / counted**self.length_penalty
-        scores = scores.float().masked_fill(found.scores == -torch.inf, -torch.inf)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        scores, order = scores[:, : self.n_best], order[:, : self.n_best]
+        scores, order = best_first(scores.float(), exists, self.n_best)
 
         def reordered(values: Tensor) -> Tensor:
             return values.gather(1, order[..., None].expand(-1, -1, values.shape[2]))

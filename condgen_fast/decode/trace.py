@@ -66,21 +66,21 @@ class Recorder:
             if operation == "start" or any(flags):
                 self._steps[row].append(Step(iteration, operation, ids[:length], values[:length], flags[:length]))
 
-    def traces(self, rows: list[int], iterations: list[int]) -> list[Trace]:
-        """The traces of `rows`, in that order; `iterations` counts the rounds of every row that was recorded."""
-        ids = (self._model.bos_id, self._model.eos_id, self._model.mask_id)
-        return [Trace(self._with_result(self._steps[row], iterations[row]), iterations[row], *ids) for row in rows]
+    def traces(self, iterations: Tensor, tokens: Tensor, log_probs: Tensor, rows: Tensor | None = None) -> list[Trace]:
+        """The traces of `rows` [R], of all if None, in that order.
 
-    def _with_result(self, steps: list[Step], iterations: int) -> list[Step]:
-        if not steps:
-            edges = [self._model.bos_id, self._model.eos_id]
-            return [Step(iterations, "result", edges, [0.0, 0.0], [False, False])]
-        last = steps[-1]
-        if last.operation != "delete" and last.iteration == iterations:
-            return steps
-        left = [i for i, gone in enumerate(last.touched) if not gone or last.operation != "delete"]
-        tokens, log_probs = [last.tokens[i] for i in left], [last.log_probs[i] for i in left]
-        return [*steps, Step(iterations, "result", tokens, log_probs, [False] * len(left))]
+        iterations: int64 [R], their rounds; tokens int64 and log_probs float [R, L], the canvases that are returned.
+        """
+        ids = (self._model.bos_id, self._model.eos_id, self._model.mask_id)
+        recorded = self._steps if rows is None else [self._steps[row] for row in rows.tolist()]
+        lengths = (tokens != self._model.pad_id).sum(1).tolist()
+        traces = []
+        columns = zip(recorded, iterations.tolist(), tokens.tolist(), log_probs.tolist(), lengths, strict=True)
+        for steps, rounds, canvas, values, length in columns:
+            if not steps or steps[-1].operation == "delete" or steps[-1].iteration != rounds:
+                steps = [*steps, Step(rounds, "result", canvas[:length], values[:length], [False] * length)]
+            traces.append(Trace(steps, rounds, *ids))
+        return traces
 
 
 def left_to_right(tokens: Tensor, token_log_probs: Tensor, *, pad_id: int, bos_id: int, eos_id: int) -> list[Trace]:

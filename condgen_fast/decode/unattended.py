@@ -63,5 +63,5 @@ def repeated(model: Any, function: Callable[[], None], device: torch.device) -> 
 
 def on_device(index: list[int], device: torch.device) -> Tensor:
     """int64 [n], without waiting for a GPU."""
-    on_host = torch.tensor(index, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(index, dtype=torch.int64, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)

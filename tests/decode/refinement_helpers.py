@@ -156,6 +156,21 @@ class RandomModel:
         return self._insert[self._context(tokens, memory)[:, :-1] % 997]
 
 
+class SharedStates(RandomModel):
+    """The same of a model whose deletion and placeholder head read the same states."""
+
+    capturable = shares_edit_states = True
+
+    def edit_states(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        return self._context(tokens, memory)[..., None].double()
+
+    def delete_head(self, states: Tensor) -> Tensor:
+        return self._delete[states[..., 0].long() % 997]
+
+    def insert_head(self, states: Tensor) -> Tensor:
+        return self._insert[states[:, :-1, 0].long() % 997]
+
+
 class HostReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU, or copy to one and wait for that."""
 

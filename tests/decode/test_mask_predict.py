@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, HostReads, RandomModel, ScriptedModel
+from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, UNK, HostReads, RandomModel, ScriptedModel
 
 from condgen_fast.decode import MaskPredict, decode
 from condgen_fast.models.cmlm import CMLM, CMLMConfig
@@ -212,6 +212,38 @@ def test_an_impossible_length_is_no_candidate():
     assert result.lengths.tolist() == [[2, 0, 0]]
     assert result.scores[0, 1:].tolist() == [-math.inf, -math.inf]
     assert (result.token_log_probs[0, 1:] == 0).all()
+
+
+def without_any(model: ScriptedModel, length: int) -> ScriptedModel:
+    """`model`, which says of canvases of so many tokens that none is possible."""
+    real = model.fill
+
+    def fill(tokens, memory):
+        logits = real(tokens, memory)
+        logits[(tokens != PAD).sum(1) == length + 2] = -torch.inf
+        return logits
+
+    model.fill = fill
+    return model
+
+
+def test_what_is_no_candidate_comes_behind_one_of_score_minus_infinity():
+    """The window is 1, 0, 2, -1, 3."""
+    lengths = {1: 0.6, 2: 0.2, 3: 0.2}
+    model = ScriptedModel(20, fill=by_length(dict.fromkeys((1, 2, 3), 0.5)), lengths=lambda s: lengths)
+    strategy = MaskPredict(length_beam=5, n_best=5, length_candidates="window", trace=True)
+    result = decode(without_any(model, 2), [[1]], strategy)
+    assert result.lengths.tolist() == [[1, 3, 2, 0, 0]]
+    assert result.scores[0, 2:].tolist() == [-math.inf] * 3
+    assert result.to_lists()[0][2] == [UNK, UNK] and result.trace[0].steps[-1].tokens == [BOS, FIRST + 1, EOS]
+
+
+def test_equal_candidates_of_a_window_are_ordered():
+    quality = dict.fromkeys(range(1, 40), 1.0)
+    lengths = {6: 0.4, 7: 0.3, 8: 0.2, 5: 0.06, 4: 0.04}
+    model = ScriptedModel(50, fill=by_length(quality), lengths=lambda s: lengths)
+    strategy = MaskPredict(length_beam=5, n_best=5, length_candidates="window")
+    assert decode(model, [[1]], strategy).lengths.tolist() == [[6, 5, 7, 4, 8]]
 
 
 def test_length_zero_and_one():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from masked_models import ALL_POLICIES, POLICIES
-from refinement_helpers import MASK, Lagging
+from refinement_helpers import MASK, Lagging, SharedStates
 from replayed import left_behind, replayed
 from test_unattended import model_of, same, sources
 
@@ -57,6 +57,17 @@ def on_a_gpu(monkeypatch, request):
 )
 def test_canvases_of_an_encoder(kind, strategy, dtype, on_a_gpu, monkeypatch):
     model = model_of(kind).to(dtype)
+    expected = decode(model, sources(), strategy)
+    on_a_gpu()
+    with replayed(monkeypatch) as recordings:
+        found = decode(model, sources(), strategy)
+    assert recordings
+    same(found, expected)
+
+
+@pytest.mark.parametrize("seed", [2, 4, 8])
+def test_states_that_two_heads_read_are_those_of_the_canvas_after_deletions(seed, on_a_gpu, monkeypatch):
+    model, strategy = SharedStates(seed=seed), LevenshteinRefinement(initial=[[7, 8, 9, 10, 5]] * 7)
     expected = decode(model, sources(), strategy)
     on_a_gpu()
     with replayed(monkeypatch) as recordings:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, RandomModel, ScriptedModel
 
-from condgen_fast.decode import BeamSearch, MaskPredict, Rescored, decode
+from condgen_fast.decode import BeamSearch, Hypotheses, MaskPredict, Rescored, decode
 from condgen_fast.models.layers import TransformerConfig
 from condgen_fast.models.transformer import Transformer
 
@@ -82,6 +82,31 @@ def test_what_is_no_candidate_stays_last_and_a_teacher_in_training_mode_comes_ba
     assert result.scores[0, 1:].tolist() == [-math.inf, -math.inf] and (result.token_log_probs[0, 1:] == 0).all()
     assert decode(model, [], Rescored(MaskPredict(n_best=2), teacher, n_best=2)).tokens.shape == (0, 2, 0)
     assert not {PAD, BOS, EOS, MASK} & set(result.to_lists()[0][0])
+
+
+def test_a_hypothesis_of_score_minus_infinity_is_rescored_too():
+    """Places that stand for none come behind it, in whatever order they are handed over."""
+    minus_infinity = -math.inf
+
+    class Found:
+        n_best = 4
+
+        def run(self, model, source, source_lengths):
+            lengths = torch.tensor([[0, 2, 0, 1]])
+            return Hypotheses(
+                tokens=torch.tensor([[[PAD, PAD], [5, 6], [PAD, PAD], [7, PAD]]]),
+                lengths=lengths,
+                scores=torch.tensor([[minus_infinity, -1.0, minus_infinity, minus_infinity]]),
+                token_log_probs=torch.zeros(1, 4, 3),
+                iterations=torch.ones(1, dtype=torch.int64),
+            )
+
+    teacher = transformer()
+    result = decode(RandomModel(VOCAB), [[5]], Rescored(Found(), teacher, n_best=4))
+    expected = sorted((score_by_forward(teacher, [5], tokens).mean().item(), tokens) for tokens in ([5, 6], [7]))[::-1]
+    assert result.to_lists()[0] == [tokens for _, tokens in expected] + [[], []]
+    assert result.scores[0, :2].tolist() == pytest.approx([score for score, _ in expected])
+    assert result.scores[0, 2:].tolist() == [minus_infinity] * 2
 
 
 @pytest.mark.parametrize("inner", [BeamSearch(beam_size=3, n_best=3, max_length=9), MaskPredict(n_best=3)])

@@ -9,9 +9,20 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from helpers import TableModel, random_table
+from masked_models import RandomLM
 from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, RandomModel
 
-from condgen_fast.decode import BeamSearch, Greedy, LevenshteinRefinement, MaskPredict, Sampling, decode
+from condgen_fast.decode import (
+    BeamSearch,
+    BlockDiffusion,
+    Greedy,
+    InsertionDecoding,
+    IterativeRefinement,
+    LevenshteinRefinement,
+    MaskPredict,
+    Sampling,
+    decode,
+)
 from condgen_fast.decode.html import Example, Run, page
 from condgen_fast.decode.trace import Recorder, Step, Trace, left_to_right
 
@@ -35,6 +46,33 @@ def test_the_trace_of_mask_predict_is_that_of_the_best_candidate():
         for b, trace in enumerate(result.trace):
             assert trace.steps[-1].tokens[1:-1] == result.to_lists()[b][0]
             assert [step.operation for step in trace.steps] == ["predict", *["mask", "fill"] * (trace.iterations - 1)]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        MaskPredict(iterations=4, n_best=3),
+        LevenshteinRefinement(max_iterations=4),
+        LevenshteinRefinement(initial=[[5, 6, 7], [8, 9], []]),
+        IterativeRefinement(),
+        IterativeRefinement(window=3, tolerance=0.5, initial=[[5, 6, 7], [8, 9], []]),
+        InsertionDecoding(mode="sequential", max_length=6),
+        BlockDiffusion(max_length=5, block_length=3),
+    ],
+    ids=str,
+)
+def test_the_last_step_is_what_is_returned(strategy):
+    for seed in range(4):
+        model = RandomLM(seed=seed) if isinstance(strategy, BlockDiffusion) else RandomModel(seed=seed)
+        if isinstance(strategy, IterativeRefinement):
+            model._token *= 0.3  # so that it comes to rest, with log-probabilities that still change
+        result = decode(model, [[5], [6, 7], [8, 9, 10]], replace(strategy, trace=True))
+        for b, trace in enumerate(result.trace):
+            last, length = trace.steps[-1], int(result.lengths[b, 0]) + int(result.ended[b, 0])
+            tokens = result.to_lists()[b][0] + [EOS] * int(result.ended[b, 0])
+            assert last.iteration == trace.iterations
+            assert last.tokens[len(last.tokens) - length :] == tokens
+            assert last.log_probs[len(last.tokens) - length :] == result.token_log_probs[b, 0, :length].tolist()
 
 
 @pytest.mark.parametrize("maximum", range(1, 6))
@@ -65,10 +103,12 @@ def test_recorder_skips_what_was_not_touched_and_ends_with_the_result():
     log_probs = torch.zeros(2, 5)
     touched = torch.tensor([[False, True, False, False, False], [False] * 5])
     recorder.record(1, "delete", [2, 0], tokens, log_probs, touched)
-    two, zero = recorder.traces([2, 0], [1, 4, 2])
+    final = torch.tensor([[BOS, 8, EOS, PAD], [BOS, EOS, PAD, PAD]])
+    log_probs = torch.tensor([[0.0, -2.0, 0.0, 0.0], [0.0] * 4])
+    two, zero = recorder.traces(torch.tensor([2, 1]), final, log_probs, torch.tensor([2, 0]))
     assert two.steps == [
         Step(1, "delete", [BOS, 7, 8, EOS], [0.0] * 4, [False, True, False, False]),
-        Step(2, "result", [BOS, 8, EOS], [0.0] * 3, [False] * 3),
+        Step(2, "result", [BOS, 8, EOS], [0.0, -2.0, 0.0], [False] * 3),
     ]
     assert zero == Trace([Step(1, "result", [BOS, EOS], [0.0] * 2, [False] * 2)], 1, BOS, EOS, MASK)
 

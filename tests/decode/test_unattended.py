@@ -9,7 +9,7 @@ import torch
 from fake_gpu import Launches, fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_helpers import FIRST, PAD, Lagging, RandomModel
+from refinement_helpers import FIRST, PAD, Lagging, RandomModel, SharedStates
 from torch.utils._python_dispatch import _disable_current_modes
 
 from condgen_fast.decode import (
@@ -73,15 +73,16 @@ def sources(count: int = 7) -> list[list[int]]:
 sentences = st.lists(st.lists(st.integers(FIRST, 90), min_size=1, max_size=6), min_size=1, max_size=5)
 
 
+@pytest.mark.parametrize("kind", [RandomModel, SharedStates])
 @settings(max_examples=40, deadline=None)
 @given(sentences, st.integers(1, 6), st.integers(0, 9), st.sampled_from([None, 3, 8]), st.booleans(), st.data())
-def test_levenshtein_on_a_fixed_canvas_gives_the_same(rows, maximum, seed, max_length, leaving, data):
+def test_levenshtein_on_a_fixed_canvas_gives_the_same(kind, rows, maximum, seed, max_length, leaving, data):
     given_tokens = None
     if data.draw(st.booleans()):
         given_tokens = [data.draw(st.lists(st.integers(FIRST, 16), max_size=7)) for _ in rows]
     penalty = data.draw(st.sampled_from([0.0, 0.5]))
     strategy = LevenshteinRefinement(maximum, eos_penalty=penalty, initial=given_tokens, max_length=max_length)
-    model = RandomModel(seed=seed)
+    model = kind(seed=seed)
     plain = decode(model, rows, strategy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(levenshtein, "_host_follows", lambda device: False)
