@@ -6,13 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from condgen_fast import _library
 from condgen_fast._check import check_choice, check_number
 from condgen_fast.decode.candidates import StochasticBeams, best, of_groups, sampled, without_replacement
 from condgen_fast.decode.captured import Captured
-from condgen_fast.decode.constraints import Prefixes, constraints_of, joined, penalised, penalties, without
+from condgen_fast.decode.constraints import (
+    Prefixes,
+    check_ids,
+    check_lists,
+    constraints_of,
+    joined,
+    penalised,
+    penalties,
+    room_for,
+    without,
+)
 from condgen_fast.decode.finished import Lattice, hypotheses_of
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.left_to_right import (
@@ -34,6 +45,7 @@ from condgen_fast.decode.trie import Trie
 from condgen_fast.ops.beam_search import Adjustments, BeamRules, BeamState, Candidates, unchecked_beam_update
 
 _MOST_BEAMS = 65536
+_MOST_CANDIDATES_ON_A_GPU = 1024  # that `beam_topk` finds for a group
 
 
 @dataclass(frozen=True)
@@ -57,17 +69,19 @@ class BeamSearch:
                      ending it, so that max_length is their max_new_tokens or max_decoding_length; min_length counts
                      eos as ever
     min_length       tokens of the shortest hypothesis, eos included
-    max_length       tokens of the longest, eos included; None: 2 * source length + 10, at most `model.max_positions`
+    max_length       tokens of the longest, eos included; None: 2 * source length + 10, at most `model.max_positions`,
+                     but no less than the sentence's prefix and its eos
     no_repeat_ngram  n > 0: no n tokens follow each other twice in a hypothesis
     repetition_penalty  logits of tokens that the hypothesis has are divided by it where positive, multiplied where
                      negative (Keskar et al. 2019); with compat="hf" log-probabilities, which then do not add up to 1
     banned           ids that are never generated
     prefixes         for each sentence, the ids that its target begins with (none: []); they keep their log-probability
+                     and leave room for eos within max_length
     trie             `Trie` of the sequences that what follows the prefix may be, or may begin with
     groups           diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424): so many groups share the beams;
                      at each step a group's ranks lose `diversity` for each earlier group's hypothesis that chose the
                      same token. Groups finish on their own; scores are sums of log-probabilities as ever
-    diversity        Hamming penalty between groups
+    diversity        Hamming penalty between groups, at most 100
     choose           best; sample, continuations drawn without replacement from softmax(sums / temperature) (beam
                      sampling); stochastic, hypotheses drawn without replacement from the model (Gumbel top-k, Kool et
                      al. 2019, arXiv:1903.06059), where scores are perturbed log-probabilities and nothing is divided
@@ -120,32 +134,41 @@ class BeamSearch:
             if self.normalization == "gnmt":
                 raise ValueError(f"normalization must be power or none with compat={self.compat!r}; got 'gnmt'")
         rules = RULES[self.compat]
-        if self.stopping is None:
-            object.__setattr__(self, "stopping", rules.stopping)
-        check_choice(self.stopping, "stopping", STOPPING if self.compat is None else rules.choices)
+        check_choice(self.stopping_rule, "stopping", STOPPING if self.compat is None else rules.choices)
         check_number(self.patience, "patience", minimum=0.0, exclusive=True)
-        if self.stopping == "exact" and self.patience != 1:
+        if self.stopping_rule == "exact" and self.patience != 1:
             raise ValueError(f"patience must be 1 with exact stopping; got {self.patience}")
         check_number(self.no_repeat_ngram, "no_repeat_ngram", minimum=0, integer=True)
         check_number(self.repetition_penalty, "repetition_penalty", minimum=0.0, exclusive=True)
         check_lengths(self.min_length, self.max_length, self.length_penalty)
+        check_ids(self.banned, "banned")
+        if self.prefixes is not None:
+            check_lists(self.prefixes, "prefixes")
+            for i, prefix in enumerate(self.prefixes):
+                check_ids(prefix, f"prefixes[{i}]")
         if self.trie is not None and not isinstance(self.trie, Trie):
             raise TypeError(f"trie must be a Trie; got {type(self.trie).__name__}")
         check_number(self.groups, "groups", minimum=1, integer=True)
         if self.beam_size % self.groups:
             raise ValueError(f"groups must divide beam_size = {self.beam_size}; got {self.groups}")
-        check_number(self.diversity, "diversity", minimum=0.0, maximum=1e6)
+        check_number(self.diversity, "diversity", minimum=0.0, maximum=100.0)  # float32 sums lose what is far less
         check_choice(self.choose, "choose", ("best", "sample", "stochastic"))
         check_number(self.temperature, "temperature", minimum=0.0, exclusive=True)
         if self.choose != "best" and self.groups > 1:
             raise ValueError(f"groups must be 1 with choose={self.choose!r}; got {self.groups}")
-        if self.choose == "stochastic" and (self.stopping != "exact" or self.compat is not None):
+        if self.choose == "stochastic" and (self.stopping_rule != "exact" or self.compat is not None):
             raise ValueError("stopping must be exact and compat None with choose='stochastic'")
         if self.seed is not None:
-            check_number(self.seed, "seed", minimum=0, integer=True)
+            check_number(self.seed, "seed", minimum=0, maximum=2**63 - 1, integer=True)
         check_choice(self.impl, "impl", ("auto", "reference"))
 
+    @property
+    def stopping_rule(self) -> str:
+        """When a sentence is finished: `stopping`, or what it stands for where it is None."""
+        return RULES[self.compat].stopping if self.stopping is None else self.stopping
+
     def run(self, model: StepModel, source: Tensor, source_lengths: Tensor) -> Hypotheses:
+        self._check_on(source.device, len(end_ids(model)), model.vocab_size)
         search = _Search(self, model, source, source_lengths)
         device, rows, longest = source.device, source.shape[0], search.beams.steps
         unfinished = Unfinished(search.beams.finished_count, rows)
@@ -166,8 +189,38 @@ class BeamSearch:
                 search.follow()
         beams = search.beams
         found = hypotheses_of(beams, self.n_best, step + 1, model.pad_id, self.impl)
-        lattice = Lattice.of(beams, step + 1).until(found.iterations) if self.keep_lattice else None
-        return replace(found, lattice=lattice)
+        if not self.keep_lattice:
+            return found
+        steps = int(found.iterations.max())  # where the host learns late that all are finished, more have been made
+        return replace(found, lattice=Lattice.of(beams, steps).until(found.iterations))
+
+    def _check_on(self, device: torch.device, ends: int, vocab_size: int) -> None:
+        """Refuse what the kernels of a GPU would only refuse at the first step."""
+        of_beam = min(1 + ends, vocab_size)
+        most = self.groups * (_MOST_CANDIDATES_ON_A_GPU // of_beam)
+        if device.type == "cuda" and self.choose == "best" and self.impl == "auto" and self.beam_size > most:
+            raise ValueError(f"beam_size must be at most {most} on a GPU with {ends} end(s); got {self.beam_size}")
+
+    def _limits(self, model: Any, ends: list[int], source: Tensor, source_lengths: Tensor) -> tuple[Tensor, int]:
+        """Of each sentence [B], and no less than the longest of them; its prefix and an end always fit."""
+        limits = target_limits(model, source_lengths, self.max_length, self.min_length)
+        longest = longest_target(model, source.shape[1], self.max_length, self.min_length)
+        if not self.prefixes:
+            return limits, longest
+        behind = 0 if RULES[self.compat].cut_at_limit else 1
+        needed = [room_for(prefix, ends, behind) for prefix in self.prefixes]
+        name, most = "max_length", self.max_length
+        if most is None:
+            name, most = "model.max_positions", getattr(model, "max_positions", None)
+        if most is not None and max(needed) > most:
+            raise ValueError(
+                f"prefixes must have at most {most - behind} tokens with {name} = {most}; "
+                f"got one of {len(self.prefixes[needed.index(max(needed))])}"
+            )
+        if self.max_length is None:
+            limits = torch.maximum(limits, torch.tensor(needed, device=limits.device))
+            longest = max(longest, *needed)
+        return limits, longest
 
     def _start(self, model: Any, ends: list[int], source: Tensor, source_lengths: Tensor) -> BeamState:
         """The beams before the first step, and all that is asked of them."""
@@ -177,12 +230,13 @@ class BeamSearch:
         prefixes = None
         if self.prefixes is not None:
             prefixes = Prefixes.of(self.prefixes, source.shape[0], model.vocab_size, device)
+        limits, longest = self._limits(model, ends, source, source_lengths)
         never = [] if rules.allow_specials else never_generated(model)
         normalization = "none" if self.choose == "stochastic" or self.length_penalty == 0 else self.normalization
         n_best = -(-self.n_best // self.groups)  # of each group
         return BeamState.start(
             BeamRules(
-                stopping="topped" if self.compat == "ctranslate2" and normalization == "none" else self.stopping,
+                stopping="topped" if self.compat == "ctranslate2" and normalization == "none" else self.stopping_rule,
                 wanted=max(n_best, round(self.patience * k)),
                 n_best=n_best,
                 min_length=self.min_length,
@@ -200,13 +254,8 @@ class BeamSearch:
                 trie=self.trie,
                 device=device,
             ),
-            target_limits(model, source_lengths, self.max_length, self.min_length),
-            norms(
-                normalization,
-                self.length_penalty,
-                longest_target(model, source.shape[1], self.max_length, self.min_length),
-                device,
-            ),
+            limits,
+            norms(normalization, self.length_penalty, longest, device),
             beams=self.beam_size,
             groups=self.groups,
             ranked=self.groups > 1 or self.choose == "stochastic",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,26 @@ def joined(one: Adjustments | None, other: Adjustments | None) -> Adjustments | 
     if one is None or other is None:
         return one if other is None else other
     return Adjustments(*(torch.cat(pair, 2) for pair in zip(one, other, strict=True)))
+
+
+def check_lists(value: Any, name: str) -> None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list; got {type(value).__name__}")
+
+
+def check_ids(value: Any, name: str) -> None:
+    """A list, or a set, of ids."""
+    if not isinstance(value, Set):
+        check_lists(value, name)
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise TypeError(f"{name} must hold ints only; got {token!r}")
+
+
+def room_for(prefix: Sequence[int], ends: list[int], behind: int) -> int:
+    """Tokens of the shortest hypothesis that begins with `prefix`: up to an end in it, or `behind` more."""
+    first_end = next((i for i, token in enumerate(prefix) if token in ends), len(prefix))
+    return min(first_end + 1, len(prefix) + behind)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Sampling:
             check_number(self.top_k, "top_k", minimum=1, integer=True)
         check_number(self.n_samples, "n_samples", minimum=1, integer=True)
         if self.seed is not None:
-            check_number(self.seed, "seed", minimum=0, integer=True)
+            check_number(self.seed, "seed", minimum=0, maximum=2**63 - 1, integer=True)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(self.generator).__name__}")
         if self.seed is not None and self.generator is not None:

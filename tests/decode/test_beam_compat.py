@@ -213,7 +213,7 @@ def test_options_that_a_system_does_not_have():
     ):
         with pytest.raises(ValueError, match=message):
             BeamSearch(**options)
-    assert [BeamSearch(compat=c).stopping for c in (None, "hf", "fairseq", "ctranslate2")] == [
+    assert [BeamSearch(compat=c).stopping_rule for c in (None, "hf", "fairseq", "ctranslate2")] == [
         "exact",
         "heuristic",
         "first",

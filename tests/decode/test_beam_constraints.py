@@ -96,6 +96,31 @@ def test_ragged_prefixes(cls):
     assert_best(model(cls), with_bans, fits)
 
 
+def test_a_prefix_and_its_end_always_fit():
+    """Into a limit that is given, or the prefix is refused; the default limit makes room."""
+    table = TableModel(random_table(2, 997, V, seed=31))
+
+    def search(prefix, **options):
+        found = decode(table, [[0], [1]], BeamSearch(beam_size=2, prefixes=[[], prefix], **options))
+        assert (found.scores > -math.inf).all()
+        return found.to_lists()[1][0], bool(found.ended[1, 0])
+
+    for impl in ("auto", "reference"):
+        assert search([5, 4], max_length=3, impl=impl) == ([5, 4], True)
+        assert search([5, 4, 1], max_length=3, impl=impl) == ([5, 4], True)  # it has its end
+        assert search([5, 4, 3], max_length=3, compat="hf", impl=impl) == ([5, 4, 3], False)
+        long = [5, 4, 3, 2] * 4
+        assert search(long, impl=impl) == (long, True) and len(long) > 2 * 1 + 10
+    for prefix, options, most in (([5, 4, 3], {}, 2), ([5, 4, 3, 1], {}, 2), ([5, 4, 3, 2], dict(compat="hf"), 3)):
+        message = f"prefixes must have at most {most} tokens with max_length = 3; got one of {len(prefix)}"
+        with pytest.raises(ValueError, match=message):
+            search(prefix, max_length=3, **options)
+    table.max_positions = 17
+    assert search(long) == (long, True)
+    with pytest.raises(ValueError, match="at most 16 tokens with model.max_positions = 17; got one of 17"):
+        search([*long, 2])
+
+
 @pytest.mark.parametrize("cls", [TableModel, ShrinkingTableModel])
 def test_trie_of_whole_targets(cls):
     sequences = [[2, 3], [2, 3, 4], [2, 5], [5], [4, 4, 4, 4], [3, 2, 3], [5, 1]]  # the last is [5] with its eos
@@ -182,3 +207,21 @@ def test_refuses_a_trie_of_nothing():
             Trie(sequences)
     with pytest.raises(TypeError, match="trie must be a Trie; got list"):
         BeamSearch(trie=[[1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(banned=[5.7]), r"banned must hold ints only; got 5\.7"),
+        (dict(banned=[True]), "banned must hold ints only; got True"),
+        (dict(banned="12"), "banned must be a list; got str"),
+        (dict(banned=None), "banned must be a list; got NoneType"),
+        (dict(prefixes=3), "prefixes must be a list; got int"),
+        (dict(prefixes=["12"]), r"prefixes\[0\] must be a list; got str"),
+        (dict(prefixes=[[], [5.7]]), r"prefixes\[1\] must hold ints only; got 5\.7"),
+        (dict(prefixes=[None]), r"prefixes\[0\] must be a list; got NoneType"),
+    ],
+)
+def test_refuses_what_is_no_list_of_ids(options, message):
+    with pytest.raises(TypeError, match=message):
+        BeamSearch(**options)

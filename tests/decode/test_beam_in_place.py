@@ -85,6 +85,19 @@ def test_replayed_steps_find_the_same(options, eos_bias, monkeypatch):
         assert len(recordings) > 1
 
 
+def test_the_lattice_ends_with_the_last_sentence(monkeypatch):
+    """However late the host learns of that."""
+    model = InPlace(random_table(6, 997, 12, seed=61, eos_bias=4.0))
+    beam, source = BeamSearch(beam_size=2, max_length=12, keep_lattice=True), [[s] for s in range(6)]
+    expected = decode(model, source, beam)
+    monkeypatch.setattr(beam_search, "STEPS_IN_PLACE", 7)
+    with replayed(monkeypatch, beam_search):
+        found = decode(model, source, beam)
+    assert len(found.lattice.tokens) == found.iterations.max() not in (7, 12)
+    for name in ("tokens", "parents", "scores", "ranks"):
+        assert torch.equal(getattr(found.lattice, name), getattr(expected.lattice, name))
+
+
 def test_a_model_that_has_to_go_on_step_by_step_does(monkeypatch):
     model = InPlace(random_table(6, 997, 12, seed=62, eos_bias=1.0))
     expected = decode(model, [[s] for s in range(6)], "beam")

@@ -322,6 +322,26 @@ def test_options_out_of_range(options, message):
         BeamSearch(**options)
 
 
+def test_stopping_follows_compat_in_a_copy():
+    beam = replace(BeamSearch(), compat="hf")
+    assert beam.stopping is None and beam.stopping_rule == "heuristic"
+    assert replace(BeamSearch(compat="fairseq", patience=2.0), compat=None, patience=1.0).stopping_rule == "exact"
+    with pytest.raises(ValueError, match="patience must be 1 with exact stopping"):
+        replace(BeamSearch(compat="fairseq", patience=2.0), compat=None)
+
+
+def test_more_beams_than_a_gpu_finds_are_refused_at_once():
+    gpu = torch.device("cuda")
+    BeamSearch(beam_size=512)._check_on(gpu, 1, 50)
+    BeamSearch(beam_size=1024, groups=2)._check_on(gpu, 1, 50)
+    BeamSearch(beam_size=1024)._check_on(gpu, 1, 1)
+    BeamSearch(beam_size=513)._check_on(torch.device("cpu"), 1, 50)
+    with pytest.raises(ValueError, match=r"beam_size must be at most 512 on a GPU with 1 end\(s\); got 513"):
+        BeamSearch(beam_size=513)._check_on(gpu, 1, 50)
+    with pytest.raises(ValueError, match="beam_size must be at most 341"):
+        BeamSearch(beam_size=342)._check_on(gpu, 2, 50)
+
+
 def test_options_of_a_wrong_type():
     for options in (dict(beam_size=2.0), dict(length_penalty="1"), dict(max_length=True)):
         with pytest.raises(TypeError, match=next(iter(options))):

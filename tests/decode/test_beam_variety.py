@@ -240,11 +240,13 @@ def test_lattice_holds_the_search():
     [
         (dict(groups=2), "groups must divide beam_size = 5; got 2"),
         (dict(diversity=-1.0), "diversity"),
+        (dict(groups=5, diversity=101.0), "diversity must be in"),
+        (dict(seed=2**63), "seed must be in"),
         (dict(choose="worst"), "choose must be 'best', 'sample' or 'stochastic'"),
         (dict(choose="stochastic", stopping="first"), "stopping must be exact"),
         (dict(choose="sample", groups=5), "groups must be 1"),
         (dict(choose="sample", temperature=0.0), "temperature must be > 0"),
-        (dict(seed=-1), "seed must be >= 0"),
+        (dict(seed=-1), "seed must be in"),
     ],
 )
 def test_refuses(options, message):

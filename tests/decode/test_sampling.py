@@ -140,7 +140,7 @@ def test_rows_without_a_distribution():
         (dict(top_p=0), ValueError, "top_p"),
         (dict(top_p=1.5), ValueError, "top_p"),
         (dict(n_samples=0), ValueError, "n_samples must be >= 1; got 0"),
-        (dict(seed=-1), ValueError, "seed must be >= 0; got -1"),
+        (dict(seed=-1), ValueError, r"seed must be in \[0, 9223372036854775807\]; got -1"),
         (dict(seed=1, generator=torch.Generator()), ValueError, "seed must be None where a generator is given"),
         (dict(generator=3), TypeError, "generator must be a torch.Generator; got int"),
         (dict(top_k=2.5), TypeError, "top_k must be an int; got float"),
