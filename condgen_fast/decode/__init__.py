@@ -115,9 +115,8 @@ def _traced(result: Hypotheses, model: Any, strategy: Any) -> Hypotheses:
     """`result` with the trace that was asked for: from left to right, the result itself says it all."""
     if not getattr(strategy, "trace", False) or result.trace is not None:
         return result
-    best = result.tokens[:, 0], result.token_log_probs[:, 0]
-    traces = written(*best, pad_id=model.pad_id, bos_id=model.bos_id, eos_id=model.eos_id)
-    return replace(result, trace=traces)
+    best = (each[:, 0] for each in (result.tokens, result.lengths, result.ended, result.token_log_probs))
+    return replace(result, trace=written(*best, bos_id=model.bos_id, eos_id=model.eos_id))
 
 
 def _resolve(strategy: Any, options: dict[str, Any]) -> Any:

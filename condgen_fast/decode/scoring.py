@@ -20,10 +20,13 @@ def score(
 ) -> Tensor:
     """Log-probabilities [B, n, L+1] float32 of the tokens of `hypotheses`, differentiable in the model's parameters.
 
-    Each token's stands at its place, eos's after the last, 0 beyond, as in `Hypotheses.token_log_probs`, whose values
-    these are (but for what a search adds: a repetition penalty). `.sum(-1)` is the log-probability of each hypothesis,
-    0 for one that is none (score -inf). One that is not `ended` has no eos. Modes and gradients are the
-    caller's: nothing is put in eval mode, and under `torch.no_grad()` nothing is recorded.
+    Each token's stands at its place, eos's after the last, 0 beyond, as in `Hypotheses.token_log_probs`. `.sum(-1)` is
+    the log-probability of each hypothesis, 0 for one that is none (score -inf). One that is not `ended` has no eos.
+    Modes and gradients are the caller's: nothing is put in eval mode, and under `torch.no_grad()` nothing is recorded.
+
+    The values are those of `token_log_probs`, except where a search changes the model's: by a repetition penalty; with
+    compat="ctranslate2" by bans and min_length, whose probability goes to the other tokens there. And of a model with
+    several `eos_ids` the end that is scored is `eos_id`, as a hypothesis does not say which one it had.
 
     A model with `force(target [B, n, T], memory) -> logits [B, n, T, V]`, the logits that follow each token of the
     targets, reads them at once; of others every step is called.

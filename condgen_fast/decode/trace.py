@@ -83,16 +83,19 @@ class Recorder:
         return traces
 
 
-def left_to_right(tokens: Tensor, token_log_probs: Tensor, *, pad_id: int, bos_id: int, eos_id: int) -> list[Trace]:
-    """Traces of finished autoregressive outputs, one "write" step per token, to stand beside refinement on a page.
+def left_to_right(
+    tokens: Tensor, lengths: Tensor, ended: Tensor, token_log_probs: Tensor, *, bos_id: int, eos_id: int
+) -> list[Trace]:
+    """Traces of autoregressive outputs, one "write" step per token, to stand beside refinement on a page.
 
-    tokens: int64 [B, L] without bos and eos, padded on the right; token_log_probs: float [B, L+1], eos's after the last
-    token, as in `Hypotheses` (of one hypothesis per sentence).
+    tokens: int64 [B, L] without bos and eos; lengths: int64 [B]; ended: bool [B], whether eos was written;
+    token_log_probs: float [B, L+1], eos's after the last token: as in `Hypotheses`, of one hypothesis per sentence.
     """
-    lengths = (tokens != pad_id).sum(1).tolist()
     traces = []
-    for length, ids, values in zip(lengths, tokens.tolist(), token_log_probs.tolist(), strict=True):
-        ids, values = [bos_id, *ids[:length], eos_id], [0.0, *values[: length + 1]]
+    columns = (each.tolist() for each in (tokens, lengths, ended, token_log_probs))
+    for ids, length, has_end, values in zip(*columns, strict=True):
+        ids = [bos_id, *ids[:length], *[eos_id] * has_end]
+        values = [0.0, *values[: len(ids) - 1]]
         steps = [Step(n, "write", ids[: n + 1], values[: n + 1], [False] * n + [True]) for n in range(1, len(ids))]
         traces.append(Trace(steps, len(steps), bos_id, eos_id))
     return traces

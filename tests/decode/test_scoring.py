@@ -102,6 +102,23 @@ def test_hugging_face_models():
         log_probs.sum().backward()
 
 
+def test_where_values_differ_from_those_of_the_search():
+    """As its docstring says: which of several ends it was is not known, and bans of CTranslate2 are renormalised."""
+    model = TableModel(random_table(3, 997, 9, seed=5, eos_bias=1.0))
+    source = [[0], [1], [2]]
+    several = TableModel(model.table)
+    several.eos_ids = [1, 4]
+    found = decode(several, source, BeamSearch(beam_size=3, n_best=3, max_length=6))
+    log_probs = score(several, source, found)
+    inside = torch.arange(log_probs.shape[2]) < found.lengths[..., None]
+    torch.testing.assert_close(log_probs[inside], found.token_log_probs[inside])
+    for options, differs in ((dict(), False), (dict(banned=(5,)), True), (dict(min_length=3), True)):
+        beam = BeamSearch(beam_size=3, n_best=3, max_length=6, compat="ctranslate2", **options)
+        found = decode(model, source, beam)
+        of_steps = (score(model, source, found) - found.token_log_probs).abs()
+        assert (of_steps.max() > 1e-3) == differs
+
+
 def test_refuses_other_sentences():
     model = TableModel(random_table(2, 99, 5, seed=1))
     found = decode(model, [[0], [1]], "beam")

@@ -116,7 +116,8 @@ def test_recorder_skips_what_was_not_touched_and_ends_with_the_result():
 def test_left_to_right_writes_a_token_a_step():
     tokens = torch.tensor([[7, 8, 9], [5, PAD, PAD], [PAD, PAD, PAD]])
     log_probs = -torch.arange(12.0).view(3, 4)
-    traces = left_to_right(tokens, log_probs, pad_id=PAD, bos_id=BOS, eos_id=EOS)
+    ended = torch.ones(3, dtype=torch.bool)
+    traces = left_to_right(tokens, torch.tensor([3, 1, 0]), ended, log_probs, bos_id=BOS, eos_id=EOS)
     assert [trace.iterations for trace in traces] == [4, 2, 1]
     assert traces[1].steps == [
         Step(1, "write", [BOS, 5], [0.0, -4.0], [False, True]),
@@ -134,6 +135,18 @@ def test_left_to_right_strategies_record_their_best_hypothesis(strategy):
         last = trace.steps[-1]
         assert last.tokens == [2, *traced.to_lists()[b][0], 1] and len(trace.steps) == int(traced.lengths[b, 0]) + 1
         assert last.log_probs[1:] == traced.token_log_probs[b, 0, : len(last.tokens) - 1].tolist()
+
+
+def test_what_was_cut_has_no_end_and_pad_may_stand_within():
+    """As Hugging Face's searches have it."""
+    table = random_table(3, 997, 6, seed=1, eos_bias=-9)
+    table[..., 0] += 2
+    result = decode(TableModel(table), [[0], [1], [2]], BeamSearch(beam_size=2, max_length=4, compat="hf", trace=True))
+    assert not result.ended.any() and any(0 in rows[0] for rows in result.to_lists())
+    for b, trace in enumerate(result.trace):
+        last = trace.steps[-1]
+        assert last.tokens == [0, *result.to_lists()[b][0]] and len(trace.steps) == 4
+        assert last.log_probs == [0.0, *result.token_log_probs[b, 0, :4].tolist()]
 
 
 class Outline(HTMLParser):
