@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,42 +11,18 @@ import torch
 from torch import Tensor
 
 from condgen_fast._check import check_choice, check_number, check_token_ids
-from condgen_fast.decode.canvas import PROJECTED_ROWS, mean_log_prob
+from condgen_fast.decode.blocks import Canvases
+from condgen_fast.decode.canvas import PROJECTED_ROWS, mean_log_prob, projected, runs
 from condgen_fast.decode.hypotheses import Hypotheses
-from condgen_fast.decode.left_to_right import never_generated
-from condgen_fast.decode.left_to_right import worth_leaving as worth_moving
+from condgen_fast.decode.left_to_right import never_generated, worth_leaving
 from condgen_fast.decode.protocols import MaskedModel
 from condgen_fast.decode.sampling import mixed
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, repeated, worth_leaving
+from condgen_fast.decode.unattended import Running, on_device, repeated, worth_capturing_anew
 from condgen_fast.ops.refinement import RowStats, commit, row_stats
 
 # Where none is given: a probability, a difference of probabilities, and nats.
 THRESHOLDS = {"threshold": 0.9, "margin": 0.5, "entropy": 0.1}
-
-
-@dataclass
-class _Canvases:
-    """The R canvases that are still being filled, with one block of padding behind the widest: [R, W + L]."""
-
-    prefix: Any  # the model's; None where whole canvases are computed
-    rows: Tensor  # int64 [R], their places in the batch
-    given: Tensor  # int64 [R], tokens that were given, masks among them included
-    tokens: Tensor
-    log_probs: Tensor
-    kept: Tensor  # int64 [R], positions that the prefix holds
-    block: Tensor  # int64 [R], where the block of the last pass began
-    planned: Tensor  # int64 [R], its masks at first
-    done: Tensor  # int64 [R], passes over it
-    passes: Tensor  # int64 [R], passes in which the canvas had masks to fill
-    keys: Tensor  # int64 [R], of the random draws
-
-    def names(self) -> list[str]:
-        return [f.name for f in fields(self) if f.name != "prefix"]
-
-    def select(self, model: MaskedModel, index: Tensor) -> _Canvases:
-        values = {name: getattr(self, name)[index] for name in self.names()}
-        return _Canvases(None if self.prefix is None else model.select(self.prefix, index), **values)
 
 
 @dataclass(frozen=True)
@@ -121,7 +97,6 @@ class BlockDiffusion:
         batch, device = source.shape[0], source.device
         length = self._block_length(model)
         now, seed = self._start(model, source, source_lengths, length), self._seed()
-        width = now.tokens.shape[1] - length
         blank = now.tokens == model.mask_id
         final_tokens, final_log_probs = now.tokens.clone(), now.log_probs.clone()
         passes = torch.zeros_like(now.passes)
@@ -130,8 +105,8 @@ class BlockDiffusion:
             recorder.record(0, "start", list(range(batch)), now.tokens, now.log_probs, now.tokens != model.pad_id)
         # Each pass fills a mask of every sentence that has one, or finishes a block of it.
         unfinished, once = Running(device), None
-        for _ in range(int(blank.sum(1).max()) + (0 if now.prefix is None else -(-width // length))):
-            flags = unfinished.one_behind((now.tokens == model.mask_id).any(1))
+        for _ in range(int(blank.sum(1).max()) + (0 if now.prefix is None else -(-blank.shape[1] // length) - 1)):
+            flags = unfinished.one_behind(now.running)
             if flags is not None and not any(flags):
                 break
             if flags is not None and self._leaves(sum(flags), now, device):
@@ -139,40 +114,27 @@ class BlockDiffusion:
                 passes[now.rows] = now.passes
                 left = [i for i, runs in enumerate(flags) if runs]
                 now, once, unfinished = now.select(model, on_device(left, device)), None, Running(device)
+            if once is None:
+                once = self._repeated(model, now, seed)
+            before = now.tokens.clone() if recorder else None
+            once()
             if recorder:
-                committed = self._pass(model, now, length, seed)
+                committed = (before == model.mask_id) & (now.tokens != model.mask_id) & (now.tokens != model.pad_id)
                 for count in now.passes.unique().tolist():
                     touched = committed & (now.passes == count)[:, None]
                     recorder.record(count, "commit", now.rows.tolist(), now.tokens, now.log_probs, touched)
-                continue
-            if once is None:
-                once = self._repeated(model, now, length, seed)
-            once()
         final_tokens[now.rows], final_log_probs[now.rows], passes[now.rows] = now.tokens, now.log_probs, now.passes
         return self._result(model, blank, final_tokens, final_log_probs, passes, recorder)
 
-    def _leaves(self, left: int, now: _Canvases, device: torch.device) -> bool:
+    def _leaves(self, left: int, now: Canvases, device: torch.device) -> bool:
         if device.type == "cpu":  # where moving prefixes is all that it costs
-            return worth_moving(left, len(now.rows))
-        return worth_leaving(left, *now.tokens.shape, device)
+            return worth_leaving(left, len(now.rows))
+        return worth_capturing_anew(left, *now.tokens.shape, device)
 
-    def _repeated(self, model: MaskedModel, now: _Canvases, length: int, seed: int) -> Callable[[], object]:
+    def _repeated(self, model: MaskedModel, now: Canvases, seed: int) -> Callable[[], None]:
         """One pass, again and again; draws, which take a generator, are not captured."""
-        device = now.tokens.device
-        if _counted_by_host(device) or self.temperature > 0:
-            return partial(self._pass, model, now, length, seed)
-        for name in now.names():  # memory of their own
-            setattr(now, name, getattr(now, name).clone())
-        return repeated(model, partial(self._pass_in_place, model, now, length, seed), device)
-
-    def _pass_in_place(self, model: MaskedModel, now: _Canvases, length: int, seed: int) -> None:
-        """`_pass`, whose results are then where they were before."""
-        places = {name: getattr(now, name) for name in now.names()}
-        self._pass(model, now, length, seed)
-        for name, place in places.items():
-            if getattr(now, name) is not place:
-                place.copy_(getattr(now, name))
-                setattr(now, name, place)
+        once, device = partial(self._pass, model, now, seed), now.tokens.device
+        return once if _counted_by_host(device) or self.temperature > 0 else repeated(model, once, device)
 
     def _block_length(self, model: MaskedModel) -> int:
         own = getattr(model, "block_length", None)
@@ -186,15 +148,16 @@ class BlockDiffusion:
             return 0
         return int(torch.randint(2**62, ())) if self.seed is None else self.seed
 
-    def _start(self, model: MaskedModel, source: Tensor, source_lengths: Tensor, length: int) -> _Canvases:
-        batch, longest, device = *source.shape, source.device
+    def _start(self, model: MaskedModel, source: Tensor, source_lengths: Tensor, length: int) -> Canvases:
         if hasattr(model, "encode"):
             raise TypeError(f"BlockDiffusion needs a model without encoder; {type(model).__name__} has encode")
         if model.pad_id in (model.bos_id, model.eos_id, model.mask_id):
             raise ValueError(f"pad_id must differ from bos_id, eos_id and mask_id; got {model.pad_id}")
         check_token_ids(source, "source", shape="B S", vocab_size=model.vocab_size)
+        longest, device = source.shape[1], source.device
         positions = torch.arange(longest, device=device)
-        if device.type == "cpu" and bool(((source == model.pad_id) & (positions < source_lengths[:, None])).any()):
+        inside = positions < source_lengths[:, None]
+        if device.type == "cpu" and bool(((source == model.pad_id) & inside).any()):
             raise ValueError("source must have padding only on the right; got some between tokens")
         if self.max_length is None:
             appended = (2 * source_lengths + 10).masked_fill((source == model.mask_id).any(1), 0)
@@ -205,114 +168,66 @@ class BlockDiffusion:
             if longest > most:
                 raise ValueError(f"source must fit the model's {most} positions; got {longest} tokens")
             appended = appended.minimum(most - source_lengths)
-        ends = source_lengths + appended
-        width = int(ends.max())
-        tokens = torch.nn.functional.pad(source, (0, width + length - longest), value=model.pad_id)
-        positions = torch.arange(width + length, device=device)
-        new = (positions >= source_lengths[:, None]) & (positions < ends[:, None])
-        tokens.masked_fill_(new, model.mask_id)
-        none = torch.zeros_like(source_lengths)
-        now = _Canvases(
-            prefix=None,
-            rows=torch.arange(batch, device=device),
-            given=source_lengths,
-            tokens=tokens,
-            log_probs=torch.zeros(tokens.shape, device=device),
-            kept=none,
-            block=none - 1,
-            planned=none,
-            done=none,
-            passes=none,
-            keys=mixed(torch.where(positions < source_lengths[:, None], mixed(tokens + mixed(positions)), 0).sum(1)),
-        )
-        if self.prefix_cache and getattr(model, "block_length", None) and hasattr(model, "extend"):
-            masked = tokens == model.mask_id
-            now.prefix = model.prefix(batch, width + length)
-            now.kept = torch.where(masked.any(1), masked.int().argmax(1) // length * length, 0)
-            before = int(now.kept.max())
-            if before:
-                model.extend(tokens[:, :before], none, now.prefix)
-        return now
+        keys = mixed(torch.where(inside, mixed(source + mixed(positions)), 0).sum(1))
+        cached = self.prefix_cache and bool(getattr(model, "block_length", None)) and hasattr(model, "extend")
+        return Canvases.start(model, source, source_lengths, source_lengths + appended, keys, length, cached)
 
-    def _pass(self, model: MaskedModel, now: _Canvases, length: int, seed: int) -> Tensor:
-        """Predict the masks of every canvas's block, write what the policy allows -> bool [R, W + L], where."""
-        width, device = now.tokens.shape[1] - length, now.tokens.device
-        if now.prefix is not None:
-            start, end = now.kept, now.kept + length
-        else:
-            # Blocks from the prompt's end, backwards into it too; from the first position where the model has blocks.
-            origin = 0 if getattr(model, "block_length", None) else now.given
-            leftmost = (now.tokens == model.mask_id).int().argmax(1)
-            start = origin + (leftmost - origin).div(length, rounding_mode="floor") * length
-            start, end = start.clamp(min=0), start + length
-        window = start[:, None] + torch.arange(length, device=device)  # [R, L]
-        canvas = now.tokens.gather(1, window)
-        open_ = (canvas == model.mask_id) & (window < end[:, None])
-
+    def _pass(self, model: MaskedModel, now: Canvases, seed: int) -> None:
+        """Predict the masks of every canvas's block, and write what the policy allows."""
+        window, canvas, open_ = now.window(model.mask_id)
         # On the CPU only masks are projected; elsewhere counting them would wait for the device.
-        if _counted_by_host(device):
-            where = open_.flatten().nonzero()[:, 0]
-        else:
-            where = torch.arange(open_.numel(), device=device)
+        follows = _counted_by_host(window.device)
+        where = open_.flatten().nonzero()[:, 0] if follows else None
         if now.prefix is not None:
-            states, project = model.extend(canvas, start, now.prefix), model.project
-            places = torch.arange(open_.numel(), device=device)
+            states, project, places = model.extend(canvas, now.block, now.prefix), model.project, where
         else:
             project = model.project if hasattr(model, "fill_states") else None
-            states = (model.fill if project is None else model.fill_states)(now.tokens[:, :width], None)
-            row = torch.arange(len(window), device=device)[:, None]
-            places = (row * width + window.clamp(max=width - 1)).flatten()
+            states = (model.fill if project is None else model.fill_states)(now.tokens[:, : -now.length], None)
+            places = now.in_states(window)
+            places = places if where is None else places[where]
+        given = (window < now.given[:, None]).flatten()
         noise = mixed(mixed(now.keys + now.passes)[:, None] + window).flatten() if self.temperature else None
-        new = (window >= now.given[:, None]).flatten()
-        floats = [torch.zeros(open_.numel(), device=device) for _ in range(3)]
-        stats = RowStats(torch.zeros_like(places), *floats)
-        for some in where.split(PROJECTED_ROWS):
-            logits = states.flatten(0, 1).index_select(0, places[some])
-            logits = logits if project is None else project(logits)
-            part = self._predict(model, logits, new[some], None if noise is None else noise[some], seed)
-            for values, found in zip(stats[:4], part[:4], strict=True):
-                values[some] = found
-        stats = RowStats(*(values.view(open_.shape) for values in stats[:4]))
+        if where is not None:
+            given, noise = given[where], None if noise is None else noise[where]
+
+        rows = given.split(PROJECTED_ROWS)
+        noises = [None] * len(rows) if noise is None else noise.split(PROJECTED_ROWS)
+        found = [
+            self._predict(model, logits, *of_rows, seed)
+            for logits, *of_rows in zip(projected(states.flatten(0, 1), project, places), rows, noises, strict=True)
+        ]
+        values = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*found, strict=True)]
+        if where is not None:
+            values = [value.new_zeros(open_.numel()).index_copy_(0, where, value) for value in values]
+        token, log_prob, surety = (value.view(open_.shape) for value in (*values, values[-1])[:3])
 
         limit: dict[str, Any] = {"threshold": THRESHOLDS.get(self.policy) if self.threshold is None else self.threshold}
         if self.policy == "quota":
-            entered = start != now.block
-            now.planned = torch.where(entered, open_.sum(1), now.planned)
-            now.done = torch.where(entered, 0, now.done + 1)
-            now.block = start.clone()  # which may be `kept` itself
-            steps = self.steps or length
-            limit = {"quota": now.planned // steps + (now.done < now.planned % steps)}
+            limit = {"quota": now.quota(open_, self.steps or now.length)}
+        stats = RowStats(token, log_prob, margin=surety, entropy=surety)  # of which the policy reads its own alone
         written = commit(stats, canvas, maskable=open_, policy=self.policy, minimum=self.minimum, **limit)
+        now.write(model, window, written, log_prob, follows)
+        now.go_on(model.mask_id, open_.any(1))
 
-        log_probs = torch.where(written.committed, stats.log_prob, now.log_probs.gather(1, window))
-        ends = torch.where(written.committed & (written.tokens == model.eos_id), window, width + length).amin(1)
-        dropped = torch.arange(width + length, device=device) > ends[:, None]
-        now.tokens = now.tokens.scatter(1, window, written.tokens).masked_fill(dropped, model.pad_id)
-        now.log_probs = now.log_probs.scatter(1, window, log_probs).masked_fill(dropped, 0.0)
-        filling = open_.any(1)
-        now.passes = now.passes + filling
-        if now.prefix is not None:
-            now.kept = now.kept + length * (~filling & (now.tokens == model.mask_id).any(1))
-        return torch.zeros_like(dropped).scatter(1, window, written.committed) & ~dropped
-
-    def _predict(self, model: MaskedModel, logits: Tensor, new: Tensor, noise: Tensor | None, seed: int) -> RowStats:
-        """Of logits [N, V], which are changed: the tokens that may be written there and what is known of them."""
+    def _predict(
+        self, model: MaskedModel, logits: Tensor, given: Tensor, noise: Tensor | None, seed: int
+    ) -> tuple[Tensor, ...]:
+        """Of logits [N, V], which are changed: the tokens that may be written there, where `given` no eos, and what the
+        policy asks of them: the log-probability, and another statistic where it ranks by that."""
         never = {*never_generated(model), model.mask_id}
-        for token in never:
-            logits[:, token] = -torch.inf
-        logits[:, model.eos_id].masked_fill_(~new, -torch.inf)
+        for first, end in runs(never):
+            logits[:, first:end].fill_(-torch.inf)
+        logits[:, model.eos_id].masked_fill_(given, -torch.inf)
         draw = {}
         if noise is not None:
             draw = {"generator": torch.Generator(logits.device).manual_seed(seed), "noise_rows": noise}
         stats = row_stats(logits, temperature=self.temperature, **draw)
-        nothing = ~(stats.log_prob > -torch.inf)
+        nothing = stats.log_prob == -torch.inf
         fallback = next(i for i in range(len(never) + 2) if i not in never and i != model.eos_id)
-        return RowStats(
-            stats.token.masked_fill(nothing, fallback),
-            stats.log_prob.masked_fill(nothing, -torch.inf),
-            stats.margin,
-            stats.entropy.masked_fill(nothing, torch.inf),
-        )
+        values = stats.token.masked_fill(nothing, fallback), stats.log_prob
+        if self.policy == "margin":
+            return *values, stats.margin
+        return (*values, stats.entropy.masked_fill(nothing, torch.inf)) if self.policy == "entropy" else values
 
     def _result(
         self,

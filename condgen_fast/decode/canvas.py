@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -94,12 +94,7 @@ def predict(
     specials = {model.bos_id, model.eos_id, model.pad_id, model.mask_id}
     fallback = next(i for i in range(len(specials) + 1) if i not in specials)
     written, log_probs = [], []
-    for some in (states if positions is None else positions).split(PROJECTED_ROWS):
-        if positions is not None:
-            some = states.index_select(0, some)
-        elif project is None:
-            some = some.clone()  # the model's own
-        logits = some if project is None else project(some)
+    for logits in projected(states, project, positions):
         for first, end in runs(specials):
             logits[:, first:end].fill_(-torch.inf)
         stats = row_stats(logits)
@@ -107,6 +102,23 @@ def predict(
         written.append(stats.token.clamp(min=fallback))
         log_probs.append(stats.log_prob)
     return (written[0], log_probs[0]) if len(written) == 1 else (torch.cat(written), torch.cat(log_probs))
+
+
+def projected(states: Tensor, project: Callable[[Tensor], Tensor] | None, positions: Tensor | None) -> Iterator[Tensor]:
+    """Logits [n, V] to write to, of `positions` of states [N, D] or of all (None), PROJECTED_ROWS of them at a time.
+
+    project: None where the states are logits already.
+    """
+    for some in (states if positions is None else positions).split(PROJECTED_ROWS):
+        if positions is not None:
+            some = states.index_select(0, some)
+        logits = some if project is None else project(some)
+        yield logits.clone() if positions is None and _same_memory(logits, some) else logits
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether these are views of one tensor, or one."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def runs(ids: Iterable[int]) -> list[tuple[int, int]]:

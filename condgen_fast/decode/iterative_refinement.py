@@ -15,7 +15,7 @@ from condgen_fast.decode.canvas import between, hypotheses, initial_canvas, mean
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, repeated, worth_leaving
+from condgen_fast.decode.unattended import Running, on_device, repeated, worth_capturing_anew
 
 
 @dataclass
@@ -113,7 +113,7 @@ class IterativeRefinement:
             flags = unfinished.one_behind(now.running)
             if flags is not None and not any(flags):
                 break
-            if flags is not None and worth_leaving(sum(flags), *now.tokens.shape, device):
+            if flags is not None and worth_capturing_anew(sum(flags), *now.tokens.shape, device):
                 final_tokens = final_tokens.index_copy(0, now.rows, now.tokens)
                 final_log_probs = final_log_probs.index_copy(0, now.rows, now.log_probs)
                 iterations = iterations.index_copy(0, now.rows, now.rounds)

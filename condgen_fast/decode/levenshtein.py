@@ -16,7 +16,7 @@ from condgen_fast.decode.edits import Results, Sentences, delete, deletions, end
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, repeated, worth_leaving
+from condgen_fast.decode.unattended import Running, on_device, repeated, worth_capturing_anew
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class LevenshteinRefinement:
             unfinished.ask(now.running)
             write()
             left = [i for i, runs in enumerate(unfinished.read()) if runs]
-            if not left or worth_leaving(len(left), *now.tokens.shape, device):
+            if not left or worth_capturing_anew(len(left), *now.tokens.shape, device):
                 results.put(now, now.iterations)
                 if not left:
                     return results

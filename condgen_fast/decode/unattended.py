@@ -49,7 +49,7 @@ class Running:
         return flags if self._gpu else self.read()
 
 
-def worth_leaving(left: int, rows: int, width: int, device: torch.device) -> bool:
+def worth_capturing_anew(left: int, rows: int, width: int, device: torch.device) -> bool:
     """Whether finished sentences leave: on a GPU passes over fewer rows must repay that all is captured anew."""
     if device.type == "cpu":
         return left < rows

@@ -30,7 +30,7 @@ class ToyLM:
         real = tokens != PAD
         assert not (real[:, 1:] & ~real[:, :-1]).any(), "padding inside a canvas"
         self.rows.append(len(tokens))
-        self.seen.append(tokens)
+        self.seen.append(tokens.clone())
         return self.logits(tokens)
 
 

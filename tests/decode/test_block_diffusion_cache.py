@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
-from fake_gpu import fake_gpu
+from fake_gpu import Launches, fake_gpu
 from masked_models import (
     ALL_POLICIES,
     POLICIES,
 )
 from refinement_helpers import MASK, Lagging
+from test_unattended import Apart
 
 from condgen_fast.decode import BlockDiffusion, block_diffusion, decode
+from condgen_fast.decode.blocks import Canvases
 from condgen_fast.models.masked_lm import MaskedLM, MaskedLMConfig
 
 
@@ -67,6 +70,10 @@ def test_as_a_gpu_runs_it_the_result_is_the_same(policy, cache, temperature, lea
     torch.testing.assert_close(result.token_log_probs, plain.token_log_probs)
 
 
+# Operations of a pass that would be launched beside the model's.
+LAUNCHES = {"quota": 7, "threshold": 0, "margin": 0, "entropy": 1}
+
+
 @torch.no_grad()
 @ALL_POLICIES
 @pytest.mark.parametrize("cache", [True, False])
@@ -75,19 +82,20 @@ def test_no_pass_waits(policy, cache, monkeypatch):
         config = MaskedLMConfig(vocab_size=40, width=32, feed_forward=64, encoder_layers=2, heads=2, block_length=4)
         model = MaskedLM(config).eval().to(device)
         ids, rows = (
-            torch.empty(3, 16, dtype=torch.int64, device=device),
+            torch.empty(3, 12, dtype=torch.int64, device=device),
             torch.empty(3, dtype=torch.int64, device=device),
         )
-        state = dict.fromkeys(("rows", "given", "kept", "block", "planned", "done", "passes", "keys"), rows)
-        log_probs = torch.empty(3, 16, device=device)
-        prefix = model.prefix(3, 16) if cache else None
-        now = block_diffusion._Canvases(prefix=prefix, tokens=ids, log_probs=log_probs, **state)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__int__", lambda self: 12)  # of the longest canvas, which is asked for once
+            now = Canvases.start(model, ids, rows, rows, rows, 4, cache)
         strategy = BlockDiffusion(policy=policy, **POLICIES[policy])
-        strategy._repeated(model, now, 4, 0)
-        assert len({id(getattr(now, name)) for name in now.names()}) == len(now.names())
-        before = {name: getattr(now, name) for name in now.names()}
-        strategy._pass_in_place(model, now, 4, 0)
+        before = {f.name: getattr(now, f.name) for f in fields(now)}
+        with Launches() as count:
+            strategy._pass(Apart(model), now, 0)
         assert all(getattr(now, name) is value for name, value in before.items())
+        changed = [now.tokens, now.log_probs, now.running, now.block, now.counted, now.due, now.passes]
+        assert len({tensor.untyped_storage()._cdata for tensor in changed}) == len(changed)
+        assert count.counts.total() <= (31 if cache else 38) + LAUNCHES[policy], count.counts
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -37,7 +37,7 @@ def on_a_gpu(monkeypatch, request):
         for module in (iterative_refinement, block_diffusion):
             monkeypatch.setattr(module, "Running", Lagging)
         for module in (levenshtein, iterative_refinement):
-            monkeypatch.setattr(module, "worth_leaving", lambda left, rows, *_: leaves(left, rows))
+            monkeypatch.setattr(module, "worth_capturing_anew", lambda left, rows, *_: leaves(left, rows))
         monkeypatch.setattr(BlockDiffusion, "_leaves", lambda self, left, now, _: leaves(left, len(now.rows)))
 
     return turn

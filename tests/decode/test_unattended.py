@@ -42,7 +42,7 @@ def unattended():
                 patch.setattr(mask_predict, "_captured", lambda device, positions: True)
                 patch.setattr(iterative_refinement, "Running", Lagging)
                 for module in (levenshtein, iterative_refinement):
-                    patch.setattr(module, "worth_leaving", lambda left, rows, *_: leaving and left < rows)
+                    patch.setattr(module, "worth_capturing_anew", lambda left, rows, *_: leaving and left < rows)
 
         yield turn
 
@@ -86,7 +86,7 @@ def test_levenshtein_on_a_fixed_canvas_gives_the_same(kind, rows, maximum, seed,
     plain = decode(model, rows, strategy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(levenshtein, "_host_follows", lambda device: False)
-        patch.setattr(levenshtein, "worth_leaving", lambda left, rows, *_: leaving and left < rows)
+        patch.setattr(levenshtein, "worth_capturing_anew", lambda left, rows, *_: leaving and left < rows)
         same(decode(model, rows, strategy), plain)
 
 
@@ -108,7 +108,7 @@ def test_iterative_refinement_one_round_ahead_of_the_host_gives_the_same(
     plain = decode(model, rows, strategy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(iterative_refinement, "Running", Lagging)
-        patch.setattr(iterative_refinement, "worth_leaving", lambda left, rows, *_: leaving and left < rows)
+        patch.setattr(iterative_refinement, "worth_capturing_anew", lambda left, rows, *_: leaving and left < rows)
         same(decode(model, rows, strategy), plain)
 
 
@@ -293,7 +293,7 @@ def test_captured_equals_not_captured_equals_the_cpu(kind, strategy, leaving, mo
     expected = decode(model, sources(), strategy)
     if leaving:
         for module in (levenshtein, iterative_refinement):
-            monkeypatch.setattr(module, "worth_leaving", lambda left, rows, *_: left < rows)
+            monkeypatch.setattr(module, "worth_capturing_anew", lambda left, rows, *_: left < rows)
     model = model.cuda()
     captured = decode(model, sources(), strategy)
     monkeypatch.setattr(type(model), "capturable", False)
