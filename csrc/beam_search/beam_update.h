@@ -30,6 +30,16 @@ struct Alone {
 // Unnamed on purpose: a file of each kind of team includes it.
 namespace {
 
+// The nearest of 0 .. size - 1, so that a wrong number leads to no foreign memory; the CPU's ops refuse it.
+CONDGEN_FAST_TEAMWORK inline int64_t within(int64_t value, int64_t size) {
+  return value < 0 ? 0 : value < size ? value : size - 1;
+}
+
+CONDGEN_FAST_TEAMWORK inline int64_t within(int64_t value, int64_t size, bool* in_range) {
+  *in_range &= value >= 0 && value < size;
+  return within(value, size);
+}
+
 template <class Team>
 class Sentence {
  public:
@@ -37,9 +47,9 @@ class Sentence {
       : u_(update),
         team_(team),
         row_(row),
-        place_(update.sentences[row]),
-        limit_(update.sentences[update.rows + row]),
-        step_(update.sentences[2 * update.rows + row]),
+        place_(within(update.sentences[row], update.batch)),
+        limit_(within(update.sentences[update.rows + row], update.steps + 2)),
+        step_(within(update.sentences[2 * update.rows + row], update.steps + 1)),
         beams_of_group_(update.beams / update.groups) {}
 
   CONDGEN_FAST_TEAMWORK void update() {
@@ -143,7 +153,7 @@ class Sentence {
       team_.sync();
     }
     if (team_.lane == 0) {
-      ids[place] = u_.found_parents[candidate];
+      ids[place] = within(u_.found_parents[candidate], u_.beams);
       ids[all + place] = u_.found_tokens[candidate];
       ids[2 * all + place] = step_ + 1;
       scores[place] = score;
@@ -180,7 +190,7 @@ class Sentence {
   CONDGEN_FAST_TEAMWORK float write(int64_t beam, int64_t candidate, bool alive) {
     const int64_t all = u_.rows * u_.beams, i = row_ * u_.beams + beam;
     const int64_t column = u_.batch * u_.beams, in_lattice = step_ * column + place_ * u_.beams + beam;
-    const int64_t token = u_.found_tokens[candidate], parent = u_.found_parents[candidate];
+    const int64_t token = u_.found_tokens[candidate], parent = within(u_.found_parents[candidate], u_.beams);
     const float sum = alive ? u_.found_sums[candidate] : minus_infinity();
     const float rank = alive ? u_.found_ranks[candidate] : minus_infinity();
     u_.chosen[i] = token;
@@ -236,11 +246,15 @@ class Sentence {
     return u_.rules.longest_prefix > 0 && u_.prefix_lengths[place_] > step;
   }
 
+  CONDGEN_FAST_TEAMWORK int64_t of_trie(int64_t node) const {
+    return node < u_.rules.trie_nodes ? node : u_.rules.trie_nodes - 1;
+  }
+
   CONDGEN_FAST_TEAMWORK void move_nodes() {
     int64_t *nodes = u_.nodes + row_ * u_.beams, *moved = nodes + u_.rows * u_.beams;
     const bool forced = is_forced(step_);
     for (int64_t beam = team_.lane; beam < u_.beams; beam += Team::width) {
-      const int64_t node = nodes[parent(beam)];
+      const int64_t node = of_trie(nodes[parent(beam)]);
       moved[beam] = forced || node < 0 ? node : follow(node, token(beam));
     }
     team_.sync();
@@ -301,7 +315,7 @@ class Sentence {
     const bool forced = is_forced(step), only_ends = !u_.rules.cut_at_limit && limit_ == step + 1;
     int64_t *firsts = u_.ranges + row_ * u_.beams, *lasts = firsts + u_.rows * u_.beams;
     for (int64_t beam = team_.lane; beam < u_.beams; beam += Team::width) {
-      const int64_t node = u_.nodes_wanted ? u_.nodes[row_ * u_.beams + beam] : -1;
+      const int64_t node = u_.nodes_wanted ? of_trie(u_.nodes[row_ * u_.beams + beam]) : -1;
       int64_t first = -1, last = -1;
       if (forced) {
         first = prefixes + place_ * u_.rules.longest_prefix + step;

@@ -63,6 +63,7 @@ inline Update checked_update(const Tensor& ranks, const Tensor& sums, const Tens
   u.nodes_wanted = size(state[kNodes], 2) > 0;
   const Rules& r = u.rules;
   const int64_t R = u.rows, B = u.batch, K = u.beams, G = u.groups, C = u.candidates, H = u.capacity, T = u.steps;
+  CONDGEN_FAST_CHECK(R <= B, "sentences must be at most ", B, "; got ", R);
   CONDGEN_FAST_CHECK(G > 0 && K % G == 0, "groups must divide beams = ", K, "; got ", G);
   CONDGEN_FAST_CHECK(C >= K / G, "tokens must have at least ", K / G, " columns; got ", C);
   CONDGEN_FAST_CHECK(u.ranked == 0 || u.ranked == 1, "totals must have one or two parts; got ", u.ranked + 1);
@@ -119,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> beam_hypotheses_op(const Tensor& finished, co
   check_shape(tokens, "tokens", {-1, finished.size(1), -1});
   Finished f{};
   f.batch = finished.size(1), f.count = finished.size(2), f.steps = tokens.size(0), f.beams = tokens.size(2);
+  CONDGEN_FAST_CHECK(f.batch * f.count == 0 || f.steps * f.beams > 0, "tokens must hold a step and a beam at least");
   f.ends_count = ends.numel();
   f.pad_id = pad_id;
   constexpr ScalarType kLong = ScalarType::Long, kFloat = ScalarType::Float;

@@ -128,6 +128,38 @@ TEST(beam_update_of_a_warp) {
   }
 }
 
+// Numbers that a GPU cannot refuse are taken for the nearest that are possible.
+TEST(beam_update_of_wrong_numbers) {
+  const auto wrong = [] { return any_of({-5, -1, 1000, int64_t{1} << 40}); };
+  for (int trial = 0; trial < 200; ++trial) {
+    Search broken = random_search(), mended;
+    Update& u = broken.u;
+    for (int64_t i = 0; i < 3 * u.rows; ++i) {
+      if (testing::random_int(0, 2) == 0) broken.sentences[i] = wrong();
+    }
+    for (int64_t& node : broken.nodes) {
+      if (testing::random_int(0, 2) == 0) node = any_of({2, 1000, int64_t{1} << 40});
+    }
+    Found found(u), found_mended = found;
+    for (int64_t& parent : found.parents) {
+      if (testing::random_int(0, 2) == 0) parent = wrong();
+    }
+    mended = broken, found_mended.parents = found.parents;
+    const int64_t most[3] = {u.batch - 1, u.steps + 1, u.steps};
+    for (int64_t i = 0; i < 3 * u.rows; ++i) {
+      mended.sentences[i] = std::clamp<int64_t>(broken.sentences[i], 0, most[i / u.rows]);
+    }
+    for (int64_t& parent : found_mended.parents) parent = std::clamp<int64_t>(parent, 0, u.beams - 1);
+    for (int64_t& node : mended.nodes) node = std::min<int64_t>(node, u.rules.trie_nodes - 1);
+    const Update of_broken = found.in(broken.update()), of_mended = found_mended.in(mended.update());
+    for (int64_t row = 0; row < u.rows; ++row) Sentence<Alone>(of_mended, row, Alone{}).update();
+    warp_emulation::launch(u.rows, [&] { beam_update_kernel(of_broken); });
+    CHECK(broken.chosen == mended.chosen && broken.totals == mended.totals && broken.progress == mended.progress);
+    CHECK(broken.lattice_ids == mended.lattice_ids && broken.finished_ids == mended.finished_ids);
+    CHECK(broken.ranges == mended.ranges && broken.history == mended.history && broken.bans == mended.bans);
+  }
+}
+
 TEST(beam_hypotheses_of_a_warp) {
   for (const auto& [batch, count] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {9, 7}}) {
     Finished f{};
@@ -159,6 +191,32 @@ TEST(beam_hypotheses_of_a_warp) {
     }
     CHECK(ids[0] == ids[1] && log_probs[0] == log_probs[1]);  // and nothing is NaN
   }
+}
+
+TEST(beam_hypotheses_of_wrong_numbers) {
+  Finished f{};
+  f.steps = 3, f.batch = 1, f.beams = 2, f.count = 1, f.pad_id = 0;
+  const std::vector<int64_t> tokens{4, 5, 6, 7, 8, 9}, ends{1};
+  const std::vector<float> sums{-5.0f}, totals{-1, -2, -3, -4, -5, -6};
+  f.ends_count = 1, f.ends = ends.data(), f.tokens = tokens.data(), f.totals = totals.data(), f.sums = sums.data();
+  const auto follow = [&](int64_t slot, int64_t length, int64_t parent, bool in_range) {
+    const std::vector<int64_t> finished{slot, 3, length}, parents(6, parent);
+    f.finished = finished.data(), f.parents = parents.data();
+    std::vector<int64_t> ids(3 + 2, -9), lengths(1);
+    std::vector<float> log_probs(4 + 2, NAN);
+    f.out_tokens = ids.data() + 1, f.out_lengths = lengths.data(), f.out_log_probs = log_probs.data() + 1;
+    CHECK(trace_back(f, 0) == in_range);
+    CHECK(ids.front() == -9 && ids.back() == -9 && log_probs.front() != log_probs.front());
+    CHECK(log_probs.back() != log_probs.back());
+    return std::vector<int64_t>(ids.begin() + 1, ids.end() - 1);
+  };
+  const int64_t far = int64_t{1} << 40;
+  CHECK(follow(1, 3, 0, true) == (std::vector<int64_t>{4, 7, 3}));
+  for (int64_t slot : {int64_t{2}, far}) CHECK(follow(slot, 3, 0, false) == (std::vector<int64_t>{4, 7, 3}));
+  for (int64_t slot : {int64_t{-1}, -far}) CHECK(follow(slot, 3, 1, false) == (std::vector<int64_t>{5, 6, 3}));
+  for (int64_t parent : {int64_t{2}, far}) CHECK(follow(1, 3, parent, false) == (std::vector<int64_t>{5, 7, 3}));
+  for (int64_t length : {int64_t{4}, far}) CHECK(follow(1, length, 0, false) == (std::vector<int64_t>{4, 7, 3}));
+  for (int64_t length : {int64_t{0}, -far}) CHECK(follow(1, length, 0, false) == (std::vector<int64_t>{3, 0, 0}));
 }
 
 }  // namespace condgen_fast::beam_search

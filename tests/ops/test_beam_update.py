@@ -215,6 +215,51 @@ def test_hypotheses_as_the_reference(B, n, T, K, device):
     assert (tokens[..., 1:] == 99).all() and (log_probs[..., 1:] == 0).all()
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_values_out_of_range_are_refused(impl):
+    """On the CPU; whatever they are, no memory but the op's own is read or written, and the state stays as it was."""
+    T, B, K = 3, 1, 2
+    lattice = torch.zeros(T, B, K, dtype=torch.int64)
+
+    def follow(slot, length, parents=lattice):
+        finished = torch.tensor([[[slot]], [[5]], [[length]]])
+        totals = torch.zeros(T, B, K)
+        return beam_hypotheses(finished, torch.zeros(1, 1), lattice, parents, totals, torch.tensor([1]), 0, impl=impl)
+
+    assert follow(1, T)[1].tolist() == [[T]]
+    for slot, length in ((0, 0), (0, -3), (0, T + 1), (0, 2**40), (-1, 2), (K, 2), (2**40, 2)):
+        with pytest.raises(ValueError, match="finished"):
+            follow(slot, length)
+    for parent in (-1, K, 2**40):
+        with pytest.raises(ValueError, match="parents"):
+            follow(1, T, lattice + parent)
+    with pytest.raises(ValueError, match="tokens must hold a step and a beam" if impl == "auto" else "finished"):
+        empty = torch.zeros(0, B, K, dtype=torch.int64)
+        finished = torch.tensor([[[0]], [[5]], [[1]]])
+        beam_hypotheses(finished, torch.zeros(1, 1), empty, empty, empty.float(), torch.tensor([1]), 0, impl=impl)
+
+    state = random_state(1, "cpu")
+    found = random_candidates(state, 0)
+    for parent in (-1, state.tokens.shape[1], 2**40):
+        before = copy.deepcopy(state)
+        parents = found.parents.clone()
+        parents[-1, -1] = parent
+        with pytest.raises(ValueError, match=r"parents must be in \[0, "):
+            beam_update(state, found._replace(parents=parents), impl=impl)
+        assert_same_state(state, before, 0)
+    if impl == "auto":
+        for place in range(3):
+            for value in (-1, 2**40):
+                broken = copy.deepcopy(state)
+                broken.sentences[place, 0] = value
+                with pytest.raises(ValueError, match=rf"sentences\[{place}\] must be in"):
+                    beam_update(broken, found)
+        broken = next(each for each in map(lambda seed: random_state(seed, "cpu"), range(99)) if each.nodes.numel())
+        broken.nodes[0] += broken.constraints.trie_nodes
+        with pytest.raises(ValueError, match="nodes must be below 2"):
+            beam_update(broken, random_candidates(broken, 0))
+
+
 def test_opcheck(device):
     state = random_state(3, device)
     found = random_candidates(state, 0)

@@ -143,7 +143,7 @@ def beam_update(state: BeamState, found: Candidates, *, impl: str = "auto") -> N
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a wrong shape, dtype, device or choice.
+        ValueError: a wrong shape, dtype, device or choice; on the CPU also a parent that is no beam.
 
     Equivalent to ``reference.beam_update``, value for value.
     """
@@ -205,7 +205,7 @@ def beam_hypotheses(
 
     Raises:
         TypeError: an argument that is no tensor.
-        ValueError: a wrong shape, dtype, device or choice.
+        ValueError: a wrong shape, dtype, device or choice; on the CPU also a beam or a length that there is not.
     """
     check_choice(impl, "impl", _IMPLS)
     on_device = dict(device=tokens.device)

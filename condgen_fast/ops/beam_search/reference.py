@@ -104,6 +104,8 @@ def beam_update(state: BeamState, found: Candidates) -> None:
     (R, K), C = state.tokens.shape, found.tokens.shape[1]
     k = K // G
     places, limits, steps = state.sentences
+    if state.tokens.device.type == "cpu":  # as the compiled op does; on a GPU it takes the nearest
+        check_range(found.parents, "parents", 0, K)
     length, limit = (steps + 1).repeat_interleave(G), limits.repeat_interleave(G)  # [R * G]
     done, topped = state.flags.flatten(1)
     values = found.ranks if rules.by_rank else found.sums
@@ -150,6 +152,13 @@ def beam_update(state: BeamState, found: Candidates) -> None:
         state.nodes[0] = torch.where(_is_forced(state)[:, None], nodes, _follow(state, nodes))
     steps += 1
     write_lists(state)
+
+
+def check_range(values: Tensor, name: str, least: int, end: int) -> None:
+    if values.numel() > 0:
+        low, high = (int(value) for value in torch.aminmax(values))
+        if low < least or high >= end:
+            raise ValueError(f"{name} must be in [{least}, {end}); got {low if low < least else high}")
 
 
 def _first(wanted: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -255,6 +264,10 @@ def beam_hypotheses(
     T, (slots, last, lengths) = tokens.shape[0], finished
     ended = torch.isin(last, ends) | (last < 0)
     places = lengths - 1
+    on_cpu, beams = tokens.device.type == "cpu", tokens.shape[2]
+    if on_cpu:
+        check_range(lengths, "lengths of finished", 1, T + 1)
+        check_range(slots, "beams of finished", 0, beams)
     found = torch.full((T, *lengths.shape), pad_id, dtype=torch.int64, device=tokens.device)
     log_probs = torch.zeros(T + 1, *lengths.shape, device=tokens.device)
     after = sums
@@ -266,5 +279,7 @@ def beam_hypotheses(
         log_probs[step + 1] = torch.where(inside, after - total, 0.0)
         after = torch.where(inside, total, after)
         slots = torch.where(inside, parents[step].gather(1, slots), slots)
+        if on_cpu:
+            check_range(slots, "parents", 0, beams)
     log_probs[0] = after
     return found.permute(1, 2, 0).contiguous(), lengths - ended.long(), log_probs.permute(1, 2, 0).contiguous()
