@@ -138,7 +138,7 @@ def end_cycles(model: EditModel, now: Sentences) -> Tensor:
 
     The canvases are of one width.
     """
-    swung = (now.tokens == now.earlier).all(1) & now.running
+    swung = (now.tokens == now.earlier).all(1)
     before = _quality(model, now.before, now.before_log_probs)
     restored = swung & (before > _quality(model, now.tokens, now.log_probs))
     now.tokens = torch.where(restored[:, None], now.before, now.tokens)

@@ -42,6 +42,8 @@ class InsertionDecoding:
     `Hypotheses.scores` are mean log-probabilities of the tokens (0 for an empty output), each of the iteration that
     inserted it; given tokens have log-probability 0, as has eos.
 
+    The host looks at every iteration, so a GPU waits once in each.
+
     The package has no model with slots and no recipe that trains one: an `InsertionModel` is the user's own. Ready to
     use are Levenshtein Transformers, the shipped one among them, without their deletions. They were trained to have
     these, so the output repeats words that `levenshtein` would delete; what it is good for is words that must stay:

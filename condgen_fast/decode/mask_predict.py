@@ -14,7 +14,7 @@ from condgen_fast.decode.canvas import best_first, between, fill, hypotheses, me
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import FillModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import LAUNCH_BOUND, repeated
+from condgen_fast.decode.unattended import LAUNCH_BOUND, on_device, repeated
 from condgen_fast.ops.refinement import remask
 
 
@@ -77,9 +77,9 @@ class MaskPredict:
         recorder = Recorder(model, batch * beam) if self.trace else None
 
         schedule = [[self.masked_tokens(length, t) for length in host_lengths] for t in range(self.iterations)]
-        counts = torch.tensor(schedule, device=device)  # [T, B*K], never rising with t
+        counts = on_device(schedule, device)  # [T, B*K], never rising with t
         rounds = (counts > 0).sum(0)
-        if recorder is None and _captured(device, maskable.numel()):
+        if recorder is None and _captured(model, device, maskable.numel()):
             now = _InPlace(
                 memory, tokens, log_probs, maskable, counts, torch.zeros(1, dtype=torch.int64, device=device)
             )
@@ -165,7 +165,7 @@ class MaskPredict:
         values, order = values[:, : self.length_beam], order[:, : self.length_beam]
         if self.length_candidates == "window":
             shifts = sorted(range(-(self.length_beam // 2), (self.length_beam + 1) // 2), key=abs)
-            order = order[:, :1] + torch.tensor(shifts, device=order.device)
+            order = order[:, :1] + on_device(shifts, order.device)
             inside = (order >= 0) & (order < logits.shape[1])
             order = order.clamp(0, logits.shape[1] - 1)
             values = logits.gather(1, order).masked_fill(~inside, -torch.inf)
@@ -194,9 +194,9 @@ def _round(model: FillModel, now: _InPlace) -> None:
     now.t.add_(1)
 
 
-def _captured(device: torch.device, positions: int) -> bool:
+def _captured(model: FillModel, device: torch.device, positions: int) -> bool:
     """Whether a round becomes a CUDA graph, whose price is that it projects unmasked positions too.
 
     That is worth it as long as launches take longer than kernels; beyond, a round as it is keeps the device busy.
     """
-    return device.type != "cpu" and positions <= LAUNCH_BOUND
+    return device.type != "cpu" and getattr(model, "capturable", False) and positions <= LAUNCH_BOUND

@@ -5,7 +5,8 @@ back. `source` is right-padded with `pad_id`; `source_lengths` says where each s
 Two optional attributes are used where a model has them: `max_positions` (int, the longest target it can decode, eos
 included) and `device` (where `source` is put; without it, where the model's first parameter is). A FillModel or
 EditModel may offer `fill_states(tokens, memory)` [B, L, D] with `project(states)` [..., V], which together are `fill`:
-then only the positions that are read are projected to the vocabulary. The same holds of a MaskedModel.
+then only the positions that are read are projected to the vocabulary, and what `project` returns may be written to,
+unless it is a view of its argument. The same holds of a MaskedModel.
 A FillModel, EditModel or MaskedModel may say that it is `capturable`: true where, on a GPU, the methods that take a
 canvas neither wait for the device nor depend on anything but their arguments' values, so that a loop's passes become a
 CUDA graph.

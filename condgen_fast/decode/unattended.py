@@ -61,7 +61,7 @@ def repeated(model: Any, function: Callable[[], None], device: torch.device) -> 
     return Captured(function, device) if getattr(model, "capturable", False) else function
 
 
-def on_device(index: list[int], device: torch.device) -> Tensor:
-    """int64 [n], without waiting for a GPU."""
-    on_host = torch.tensor(index, dtype=torch.int64, pin_memory=device.type == "cuda")
+def on_device(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
+    """int64 [n] or [m, n], without waiting for a GPU."""
+    on_host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)

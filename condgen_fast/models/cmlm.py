@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from condgen_fast.models.canvas import CanvasPass, head, linear
+from condgen_fast.models.canvas import CanvasPass, head, linear, without_hooks
 from condgen_fast.models.layers import EncoderDecoder, TransformerConfig
 
 
@@ -21,7 +21,7 @@ class CMLM(EncoderDecoder):
     """Encoder, bidirectional decoder over a canvas with masks, and a head that predicts the target's length."""
 
     config_class = CMLMConfig
-    capturable = True
+    capturable = property(without_hooks)
 
     def __init__(self, config: CMLMConfig):
         super().__init__(config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from condgen_fast.models.canvas import CanvasPass, head, linear
+from condgen_fast.models.canvas import CanvasPass, head, linear, without_hooks
 from condgen_fast.models.layers import Decoder, EncoderDecoder, TransformerConfig
 
 
@@ -46,7 +46,7 @@ class LevenshteinTransformer(EncoderDecoder):
     """Encoder and bidirectional decoder with the three heads pi_del, pi_plh and pi_tok of the paper."""
 
     config_class = LevenshteinConfig
-    capturable = True
+    capturable = property(without_hooks)
 
     def __init__(self, config: LevenshteinConfig):
         super().__init__(config)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from condgen_fast._check import check_number
 from condgen_fast.models import compiled
-from condgen_fast.models.canvas import linear
+from condgen_fast.models.canvas import linear, without_hooks
 from condgen_fast.models.layers import Embedding, EncoderLayer, KeyValue, TransformerConfig, attend
 
 
@@ -37,7 +37,7 @@ class MaskedLM(nn.Module):
     """One bidirectional or block-causal Transformer stack over prompt and masks, with tied embeddings."""
 
     config_class = MaskedLMConfig
-    capturable = True
+    capturable = property(without_hooks)
 
     def __init__(self, config: MaskedLMConfig):
         super().__init__()

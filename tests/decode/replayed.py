@@ -2,7 +2,9 @@
 
 A recording holds operations and the very tensors that they read and write; the Python of the captured function does not
 run again. So whatever the function would take from Python at each step (a position that is counted there, a tensor that
-is exchanged for another) stays as it was when it was recorded, as in a graph, and the results go wrong.
+is exchanged for another) stays as it was when it was recorded, as in a graph, and the results go wrong. What does not
+show: a recording keeps every tensor that it has made, where a graph would overwrite those that were let go of; and it
+may wait for values, which a graph cannot (`fake_gpu`).
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class Recording(TorchDispatchMode):
 
 @contextmanager
 def replayed(monkeypatch, *modules):
-    """Yields the list of recordings that were made; `modules` are those whose `may_capture` says yes meanwhile."""
+    """Yields the list of recordings that were made; `modules` are those whose `may_capture` says yes meanwhile.
+
+    The loops of refinement have no `may_capture`: their tests say what is to run as on a GPU.
+    """
     recordings = []
 
     def call(self: Captured) -> None:

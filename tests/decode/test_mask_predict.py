@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refinement_helpers import BOS, EOS, FIRST, MASK, PAD, UNK, HostReads, RandomModel, ScriptedModel
 
-from condgen_fast.decode import MaskPredict, decode
+from condgen_fast.decode import MaskPredict, decode, mask_predict
+from condgen_fast.decode.unattended import on_device
 from condgen_fast.models.cmlm import CMLM, CMLMConfig
 
 SPECIALS = {PAD, BOS, EOS, MASK}
@@ -297,6 +298,47 @@ def test_specials_stay_and_a_sentence_does_not_see_its_batch(sources, iterations
                 assert not any(c and not t for c, t in zip(changed, step.touched, strict=True))
             before = step
         assert before.tokens[1:-1] == alone.to_lists()[0][0]
+
+
+def test_a_round_in_place_writes_to_no_tensor_of_the_model(monkeypatch):
+    """`project` hands back what it was given, which the model still needs."""
+
+    class Kept(RandomModel):
+        def fill_states(self, tokens, memory):
+            self.states = self.fill(tokens, memory)
+            return self.states
+
+        def project(self, states):
+            return states
+
+    model, strategy = Kept(), MaskPredict(iterations=3)
+    expected = decode(RandomModel(), [[3], [4]], strategy)
+    monkeypatch.setattr(mask_predict, "_captured", lambda *_: True)
+    result = decode(model, [[3], [4]], strategy)
+    assert torch.equal(result.tokens, expected.tokens) and not model.states.isinf().any()
+
+
+def test_what_the_host_knows_reaches_a_gpu_without_a_wait(monkeypatch):
+    sent = []
+
+    def noted(values, device):
+        sent.append(values)
+        return on_device(values, device)
+
+    monkeypatch.setattr(mask_predict, "on_device", noted)
+    model = ScriptedModel(20, fill=by_length({1: 0.5, 2: 0.5, 3: 0.5}), lengths=lambda s: {2: 0.8, 1: 0.1, 3: 0.1})
+    decode(model, [[1]], MaskPredict(iterations=2, length_beam=3, length_candidates="window"))
+    assert sent == [[0, -1, 1], [[2, 1, 3], [1, 0, 1]]]
+
+
+def test_rounds_are_captured_where_the_model_says_so():
+    class Model:
+        capturable = True
+
+    gpu = torch.device("cuda")
+    assert mask_predict._captured(Model, gpu, 100) and not mask_predict._captured(Model, gpu, 10000)
+    assert not mask_predict._captured(RandomModel, gpu, 100)
+    assert not mask_predict._captured(Model, torch.device("cpu"), 100)
 
 
 def test_nothing_of_the_model_is_written_to():

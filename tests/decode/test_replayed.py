@@ -32,7 +32,7 @@ def on_a_gpu(monkeypatch, request):
 
     def turn():
         monkeypatch.setattr(levenshtein, "_host_follows", lambda device: False)
-        monkeypatch.setattr(mask_predict, "_captured", lambda device, positions: True)
+        monkeypatch.setattr(mask_predict, "_captured", lambda *_: True)
         monkeypatch.setattr(block_diffusion, "_counted_by_host", lambda device: False)
         for module in (iterative_refinement, block_diffusion):
             monkeypatch.setattr(module, "Running", Lagging)

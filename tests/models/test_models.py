@@ -8,6 +8,7 @@ import torch
 from condgen_fast.models.cmlm import CMLM, CMLMConfig
 from condgen_fast.models.layers import SIZES, Dropout, TransformerConfig
 from condgen_fast.models.levenshtein import LevenshteinConfig, LevenshteinTransformer
+from condgen_fast.models.masked_lm import MaskedLM, MaskedLMConfig
 from condgen_fast.models.transformer import Transformer
 
 SMALL = {"vocab_size": 37, "width": 16, "feed_forward": 32, "encoder_layers": 2, "decoder_layers": 2, "heads": 2}
@@ -122,6 +123,22 @@ def test_an_early_exit_runs_fewer_layers():
         for parameter in early.decoder.layers[1].parameters():
             parameter.fill_(7.0)
     assert torch.equal(outputs[1], early.delete_logits(canvas, early.encode(source, lengths)))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"),
+    [(CMLM, CMLMConfig), (LevenshteinTransformer, LevenshteinConfig), (MaskedLM, MaskedLMConfig)],
+)
+def test_a_hook_keeps_passes_out_of_cuda_graphs(model_class, config_class):
+    """In which it would not run."""
+    model = small(model_class, config_class)
+    assert model.capturable
+    part = [part for part in model.modules() if isinstance(part, torch.nn.Linear)][-1]
+    for register in (part.register_forward_hook, part.register_forward_pre_hook, model.register_forward_hook):
+        handle = register(lambda *_: None)
+        assert not model.capturable
+        handle.remove()
+        assert model.capturable
 
 
 def test_empty_source_and_too_long_source():
