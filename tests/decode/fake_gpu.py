@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from condgen_fast import _library
 
@@ -36,3 +37,19 @@ class Launches(TorchDispatchMode):
         if not is_view and name not in self.NONE:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Apart:
+    """A model whose own launches are not counted."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+
+        def call(*arguments: Any) -> Any:
+            with _disable_current_modes():
+                return value(*arguments)
+
+        return call if callable(value) else value

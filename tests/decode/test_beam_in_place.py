@@ -6,9 +6,10 @@ import pytest
 import torch
 from fake_gpu import Launches, fake_gpu
 from helpers import ShrinkingTableModel, TableModel, random_table
+from refinement_helpers import HostReads
 from replayed import replayed
 
-from condgen_fast.decode import BeamSearch, Hypotheses, Trie, beam_search, decode
+from condgen_fast.decode import BeamSearch, Hypotheses, Trie, beam_search, decode, finished
 
 SEQUENCES = [[2, 3], [2, 3, 4, 5], [6], [7, 8, 9], [4, 4, 4, 4, 4, 4]]
 CONSTRAINED = [
@@ -177,17 +178,20 @@ def test_the_default_limit_is_known_without_asking(monkeypatch):
 def test_the_answer_is_one_wait(monkeypatch):
     """Hypotheses are as wide as the longest, which only the device knows."""
     model = TableModel(random_table(5, 997, 9, seed=63, eos_bias=1.0))
-    source = torch.arange(5)[:, None]
+    source, lengths = torch.arange(5)[:, None], torch.ones(5, dtype=torch.int64)
     monkeypatch.setattr(beam_search.Unfinished, "count", lambda self, ask: None)
-    reads = []
-    item, tolist = torch.Tensor.__int__, torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: reads.append(t.shape) or item(t))
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or tolist(t))
-    for groups in (1, 2):
-        reads.clear()
-        beam = BeamSearch(beam_size=4, n_best=3, groups=groups, max_length=9)
-        beam.run(model, source, torch.ones(5, dtype=torch.int64))
-        assert len(reads) == 2  # and max_length, a tensor on the host
+
+    def waits(**options):
+        beam = BeamSearch(beam_size=4, n_best=3, max_length=9, **options)
+        monkeypatch.setattr(beam_search, "hypotheses_of", lambda *_: Hypotheses.empty(1))
+        with HostReads() as before:  # the limits, on the host; the lists that are copied
+            beam.run(model, source, lengths)
+        monkeypatch.setattr(beam_search, "hypotheses_of", finished.hypotheses_of)
+        with HostReads() as all_of_it:
+            beam.run(model, source, lengths)
+        return all_of_it.count - before.count
+
+    assert waits() == waits(groups=2) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

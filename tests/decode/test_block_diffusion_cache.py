@@ -7,13 +7,12 @@ from dataclasses import fields
 
 import pytest
 import torch
-from fake_gpu import Launches, fake_gpu
+from fake_gpu import Apart, Launches, fake_gpu
 from masked_models import (
     ALL_POLICIES,
     POLICIES,
 )
 from refinement_helpers import MASK, Lagging
-from test_unattended import Apart
 
 from condgen_fast.decode import BlockDiffusion, block_diffusion, decode
 from condgen_fast.decode.blocks import Canvases

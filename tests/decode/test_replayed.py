@@ -7,7 +7,7 @@ import torch
 from masked_models import ALL_POLICIES, POLICIES
 from refinement_helpers import MASK, Lagging, SharedStates
 from replayed import left_behind, replayed
-from test_unattended import model_of, same, sources
+from small_refiners import model_of, same, sources
 
 from condgen_fast.decode import (
     BlockDiffusion,

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import Launches, fake_gpu
+from fake_gpu import Apart, Launches, fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refinement_helpers import FIRST, PAD, Lagging, RandomModel, SharedStates
-from torch.utils._python_dispatch import _disable_current_modes
+from small_refiners import model_of, same, sources
 
 from condgen_fast.decode import (
     IterativeRefinement,
@@ -23,10 +23,7 @@ from condgen_fast.decode import (
 )
 from condgen_fast.decode.edits import Sentences
 from condgen_fast.decode.unattended import Running
-from condgen_fast.models.cmlm import CMLM, CMLMConfig
-from condgen_fast.models.levenshtein import LevenshteinConfig, LevenshteinTransformer
 
-SIZE = dict(vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=2, heads=2)
 SHAPES = [{}, {"deletion_layers": 1, "insertion_layers": 1}, {"insertion_layers": 1}, {"share_decoder": False}]
 
 
@@ -45,29 +42,6 @@ def unattended():
                     patch.setattr(module, "worth_capturing_anew", lambda left, rows, *_: leaving and left < rows)
 
         yield turn
-
-
-def same(a, b) -> None:
-    assert a.to_lists() == b.to_lists()
-    assert torch.equal(a.token_log_probs, b.token_log_probs) and torch.equal(a.scores, b.scores)
-    assert torch.equal(a.iterations, b.iterations) and torch.equal(a.lengths, b.lengths)
-
-
-def model_of(kind: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    if kind == "CMLM":
-        model = CMLM(CMLMConfig(**SIZE, length_offset=4))
-    else:
-        model = LevenshteinTransformer(LevenshteinConfig(**SIZE, max_insert=3, **options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-    return model.eval()
-
-
-def sources(count: int = 7) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(5, 29, (n,), generator=generator).tolist() for n in (3, 9, 1, 6, 6, 12, 2)[:count]]
 
 
 sentences = st.lists(st.lists(st.integers(FIRST, 90), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -168,22 +142,6 @@ def test_passes_are_made_on_the_same_memory_until_many_have_left(unattended):
 
 
 # What follows runs on device "meta", where whoever would wait raises.
-
-
-class Apart:
-    """A model whose own launches are not counted."""
-
-    def __init__(self, model: Any):
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model, name)
-
-        def call(*arguments: Any) -> Any:
-            with _disable_current_modes():
-                return value(*arguments)
-
-        return call if callable(value) else value
 
 
 def on_meta(kind: str, **options: Any) -> Any:
