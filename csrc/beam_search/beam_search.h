@@ -48,6 +48,7 @@ struct Arguments {
   int64_t adjusted_sentence_stride, adjusted_beam_stride;
   // tokens that a beam is restricted to, allowed[first[b, i]] up to allowed[last[b, i]], each once; first < 0: to none
   const int64_t* allowed;
+  int64_t allowed_size;
   const int64_t* first;  // [B, K], null: no beam is restricted
   const int64_t* last;   // [B, K]
   // outputs

@@ -113,6 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> beam_topk_op(const Tensor& logits,  // [B, K,
     }
     if (restricts) {
       arguments.allowed = ids_of(allowed);
+      arguments.allowed_size = allowed.numel();
       arguments.first = ids_of(first);
       arguments.last = ids_of(last);
     }

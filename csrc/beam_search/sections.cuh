@@ -79,7 +79,8 @@ struct Lists {
       restricted = first >= 0;
       if (restricted) {
         allowed = arguments.allowed + first;
-        allowed_count = arguments.last[b * arguments.beams + i] - first;
+        // The host cannot refuse what lies beyond the lists without waiting: it is left out.
+        allowed_count = min(arguments.last[b * arguments.beams + i], arguments.allowed_size) - first;
       }
     }
   }
