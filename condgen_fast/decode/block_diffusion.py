@@ -18,7 +18,7 @@ from condgen_fast.decode.left_to_right import never_generated, worth_leaving
 from condgen_fast.decode.protocols import MaskedModel
 from condgen_fast.decode.sampling import mixed
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, repeated, worth_capturing_anew
+from condgen_fast.decode.unattended import Running, host_follows, on_device, repeated, worth_capturing_anew
 from condgen_fast.ops.refinement import RowStats, commit, row_stats
 
 # Where none is given: a probability, a difference of probabilities, and nats.
@@ -134,7 +134,7 @@ class BlockDiffusion:
     def _repeated(self, model: MaskedModel, now: Canvases, seed: int) -> Callable[[], None]:
         """One pass, again and again; draws, which take a generator, are not captured."""
         once, device = partial(self._pass, model, now, seed), now.tokens.device
-        return once if _counted_by_host(device) or self.temperature > 0 else repeated(model, once, device)
+        return once if host_follows(device) or self.temperature > 0 else repeated(model, once, device)
 
     def _block_length(self, model: MaskedModel) -> int:
         own = getattr(model, "block_length", None)
@@ -176,7 +176,7 @@ class BlockDiffusion:
         """Predict the masks of every canvas's block, and write what the policy allows."""
         window, canvas, open_ = now.window(model.mask_id)
         # On the CPU only masks are projected; elsewhere counting them would wait for the device.
-        follows = _counted_by_host(window.device)
+        follows = host_follows(window.device)
         where = open_.flatten().nonzero()[:, 0] if follows else None
         if now.prefix is not None:
             states, project, places = model.extend(canvas, now.block, now.prefix), model.project, where
@@ -259,8 +259,3 @@ class BlockDiffusion:
             ended=ended[:, None],
             trace=recorder.traces(passes, tokens, log_probs) if recorder else None,
         )
-
-
-def _counted_by_host(device: torch.device) -> bool:
-    """Whether the host may ask how many positions there are without waiting for the device."""
-    return device.type == "cpu"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from condgen_fast._check import check_number
+from condgen_fast.decode.answer import Answer
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.steps import Steps
 
@@ -72,24 +73,17 @@ class Unfinished:
     """
 
     def __init__(self, finished: Tensor, sentences: int) -> None:
-        self._finished, self._sentences, self._asked = finished, sentences, False
-        if finished.device.type == "cuda":
-            self._answer = torch.zeros((), dtype=torch.int64, pin_memory=True)
-            self._event = torch.cuda.Event()
+        self._finished, self._sentences, self._answer = finished, sentences, Answer()
 
     def count(self, *, ask: bool) -> int | None:
         """How many are left, or were when the device was asked; None: nothing new is known."""
         if self._finished.device.type != "cuda":
             return self._sentences - int(self._finished) if ask else None
         count = None
-        if self._asked and (ask or self._event.query()):
-            self._event.synchronize()
-            count, self._asked = self._sentences - int(self._answer), False
+        if self._answer.asked and (ask or self._answer.arrived()):
+            count = self._sentences - self._answer.read()
         if ask:
-            self._answer.copy_(self._finished, non_blocking=True)
-            # of the tensors' device, which need not be the current one
-            self._event.record(torch.cuda.current_stream(self._finished.device))
-            self._asked = True
+            self._answer.ask(self._finished)
         return count
 
 

@@ -16,7 +16,7 @@ from condgen_fast.decode.edits import Results, Sentences, delete, deletions, end
 from condgen_fast.decode.hypotheses import Hypotheses
 from condgen_fast.decode.protocols import EditModel
 from condgen_fast.decode.trace import Recorder
-from condgen_fast.decode.unattended import Running, on_device, repeated, worth_capturing_anew
+from condgen_fast.decode.unattended import Running, host_follows, on_device, repeated, worth_capturing_anew
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LevenshteinRefinement:
         width = max([tokens.shape[1], *bounds.tolist()])
         now = Sentences.start(model.encode(source, source_lengths), tokens, bounds, model.pad_id)
         recorder = Recorder(model, batch) if self.trace else None
-        if recorder or _host_follows(device):
+        if recorder or host_follows(device):
             results = self._refine(model, now, lengths.tolist(), width, recorder)
         else:
             results = self._refine_unattended(model, now, width)
@@ -203,11 +203,6 @@ class LevenshteinRefinement:
 def _fill_in_place(model: EditModel, now: Sentences) -> None:
     fill(model, now.tokens, now.log_probs, now.memory, now.tokens == model.mask_id, None)
     now.running.logical_and_((now.tokens != now.before).any(1))
-
-
-def _host_follows(device: torch.device) -> bool:
-    """Whether the host may look at every step: on the CPU that costs next to nothing."""
-    return device.type == "cpu"
 
 
 def _renewed(model: EditModel, now: Sentences, states: Tensor, edited: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condgen_fast.decode.answer import Answer
 from condgen_fast.decode.captured import Captured
 
 # Canvas positions up to which the kernels of a decoder's pass take less time than launching them: a base-size pass is
@@ -15,43 +16,28 @@ from condgen_fast.decode.captured import Captured
 LAUNCH_BOUND = 1024
 
 
-class Running:
-    """Which sentences go on, learned without holding a GPU up.
-
-    `ask` has it copied to the host; `read` waits for that copy alone, while the device works on what was launched
-    since.
-    """
+class Running(Answer):
+    """Which sentences go on, bool [R], learned without holding a GPU up."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._gpu = device.type == "cuda"
-        self._event: torch.cuda.Event | None = None
-        self._flags: Tensor | None = None
-
-    def ask(self, running: Tensor) -> None:
-        """running: bool [R]."""
-        self._flags = torch.empty(running.shape, dtype=torch.bool, pin_memory=self._gpu)
-        self._flags.copy_(running, non_blocking=True)
-        if self._gpu:
-            self._event = torch.cuda.Event()
-            # of the tensors' device, which need not be the current one
-            self._event.record(torch.cuda.current_stream(running.device))
-
-    def read(self) -> list[bool]:
-        """What `ask` was given last."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._flags.tolist()
 
     def one_behind(self, running: Tensor) -> list[bool] | None:
         """On the CPU `running`; on a GPU what the call before was given, of the same rows, None at the first."""
-        flags = self.read() if self._event is not None else None
+        flags = self.read() if self.asked else None
         self.ask(running)
         return flags if self._gpu else self.read()
 
 
+def host_follows(device: torch.device) -> bool:
+    """Whether the host may look at every step: on the CPU nobody waits for the answer."""
+    return device.type == "cpu"
+
+
 def worth_capturing_anew(left: int, rows: int, width: int, device: torch.device) -> bool:
     """Whether finished sentences leave: on a GPU passes over fewer rows must repay that all is captured anew."""
-    if device.type == "cpu":
+    if host_follows(device):
         return left < rows
     return left <= rows // 2 and rows * width > LAUNCH_BOUND
 

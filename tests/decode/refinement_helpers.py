@@ -204,6 +204,6 @@ class Lagging(Running):
     """What the host learns of a GPU, on the CPU: `one_behind` is one behind."""
 
     def one_behind(self, running: Tensor) -> list[bool] | None:
-        flags = None if self._flags is None else self.read()
+        flags = self.read() if self.asked else None
         self.ask(running.clone())
         return flags

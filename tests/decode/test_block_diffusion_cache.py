@@ -61,7 +61,7 @@ def test_as_a_gpu_runs_it_the_result_is_the_same(policy, cache, temperature, lea
     options = dict(max_length=13, policy=policy, temperature=temperature, seed=1, prefix_cache=cache)
     strategy = BlockDiffusion(**options, **POLICIES[policy])
     plain = decode(block_causal, sources, strategy)
-    monkeypatch.setattr(block_diffusion, "_counted_by_host", lambda device: False)
+    monkeypatch.setattr(block_diffusion, "host_follows", lambda device: False)
     monkeypatch.setattr(block_diffusion, "Running", Lagging)
     monkeypatch.setattr(BlockDiffusion, "_leaves", lambda self, left, now, _: leaving and left < len(now.rows))
     result = decode(block_causal, sources, strategy)

@@ -31,9 +31,9 @@ def on_a_gpu(monkeypatch, request):
         return request.param and left < rows
 
     def turn():
-        monkeypatch.setattr(levenshtein, "_host_follows", lambda device: False)
+        monkeypatch.setattr(levenshtein, "host_follows", lambda device: False)
         monkeypatch.setattr(mask_predict, "_captured", lambda *_: True)
-        monkeypatch.setattr(block_diffusion, "_counted_by_host", lambda device: False)
+        monkeypatch.setattr(block_diffusion, "host_follows", lambda device: False)
         for module in (iterative_refinement, block_diffusion):
             monkeypatch.setattr(module, "Running", Lagging)
         for module in (levenshtein, iterative_refinement):

@@ -35,7 +35,7 @@ def unattended():
         def turn(on: bool, leaving: bool = False) -> None:
             patch.undo()
             if on:
-                patch.setattr(levenshtein, "_host_follows", lambda device: False)
+                patch.setattr(levenshtein, "host_follows", lambda device: False)
                 patch.setattr(mask_predict, "_captured", lambda *_: True)
                 patch.setattr(iterative_refinement, "Running", Lagging)
                 for module in (levenshtein, iterative_refinement):
@@ -59,7 +59,7 @@ def test_levenshtein_on_a_fixed_canvas_gives_the_same(kind, rows, maximum, seed,
     model = kind(seed=seed)
     plain = decode(model, rows, strategy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(levenshtein, "_host_follows", lambda device: False)
+        patch.setattr(levenshtein, "host_follows", lambda device: False)
         patch.setattr(levenshtein, "worth_capturing_anew", lambda left, rows, *_: leaving and left < rows)
         same(decode(model, rows, strategy), plain)
 
