@@ -48,11 +48,6 @@ class CanvasPass:
         return states.to(model.output_weight.dtype)
 
 
-def without_hooks(model: nn.Module) -> bool:
-    """Whether a CUDA graph can hold a pass of our models: no hook of the user's has to run at each of them."""
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; on the CPU, where nothing is trained, by our kernel: there a row's bits do not depend on the others."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not compiled.fits(weight) or not _has_kernel():

@@ -204,6 +204,11 @@ class FeedForward(nn.Module):
         return self.outer(self.dropout(self.activation(self.inner(x))))
 
 
+def without_hooks(model: nn.Module) -> bool:
+    """Whether a CUDA graph can hold a pass of our models: no hook of the user's has to run at each of them."""
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
 class Residual(nn.Module):
     """LayerNorm and dropout round a block: before it ("pre") or after the sum ("post")."""
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from condgen_fast.models.canvas import CanvasPass, head, linear, without_hooks
-from condgen_fast.models.layers import Decoder, EncoderDecoder, TransformerConfig
+from condgen_fast.models.canvas import CanvasPass, head, linear
+from condgen_fast.models.layers import Decoder, EncoderDecoder, TransformerConfig, without_hooks
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from condgen_fast._check import check_number
 from condgen_fast.models import compiled
-from condgen_fast.models.canvas import linear, without_hooks
-from condgen_fast.models.layers import Embedding, EncoderLayer, KeyValue, TransformerConfig, attend
+from condgen_fast.models.canvas import linear
+from condgen_fast.models.layers import Embedding, EncoderLayer, KeyValue, TransformerConfig, attend, without_hooks
 
 
 @dataclass(frozen=True)

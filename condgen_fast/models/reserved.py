@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from condgen_fast._check import check_tensor
-from condgen_fast.models.layers import CrossAttention, Decoder, DecoderLayer, Embedding, Memory, SelfAttention
+from condgen_fast.models.layers import (
+    CrossAttention,
+    Decoder,
+    DecoderLayer,
+    Embedding,
+    Memory,
+    SelfAttention,
+    without_hooks,
+)
 from condgen_fast.ops.transformer import source_attention, target_attention
 
 if TYPE_CHECKING:
@@ -86,5 +94,4 @@ def fits(decoder: nn.Module) -> bool:
         parts += [(layer, DecoderLayer)]
         parts += [(getattr(layer, "attention", None), SelfAttention)]
         parts += [(getattr(layer, "cross_attention", None), CrossAttention)]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in decoder.modules())
-    return not hooked and all(type(part) is kind for part, kind in parts)
+    return without_hooks(decoder) and all(type(part) is kind for part, kind in parts)
