@@ -14,38 +14,28 @@ IDS = dict(vocab_size=V, pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder
 HALF = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
 WIDTHS = dict(encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64)
 LAYERS = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
+GEMMA = dict(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=5,
+    max_position_embeddings=64,
+    initializer_range=0.4,
+)
 
 
 def t5gemma():
-    part = transformers.T5GemmaModuleConfig(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=5,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
+    part = transformers.T5GemmaModuleConfig(**GEMMA)
     config = transformers.T5GemmaConfig(encoder=part, decoder=part.to_dict(), **IDS)
     return transformers.T5GemmaForConditionalGeneration(config)
 
 
 def t5gemma2():
-    text = dict(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=5,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
+    text = dict(GEMMA)
     vision = dict(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )

@@ -6,13 +6,12 @@ import pytest
 import torch
 from fake_gpu import Launches, fake_gpu
 from replayed import left_behind, replayed
+from small_transformer import small_transformer, sources
 
 from condgen_fast.decode import BeamSearch, Greedy, Sampling, Trie, beam_search, decode, left_to_right
 from condgen_fast.decode.steps import Steps
 from condgen_fast.models import compiled
-from condgen_fast.models.layers import TransformerConfig
 from condgen_fast.models.reserved import ReservedState
-from condgen_fast.models.transformer import Transformer
 from condgen_fast.ops.transformer import attention
 
 STRATEGIES = [
@@ -47,21 +46,7 @@ OTHERS = [
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(compiled, "stands_in", lambda *modules: False)
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=2, heads=2, tie_embeddings=False
-    )
-    model = Transformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-    return model.double()
-
-
-def sources(count):
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
-    return [torch.randint(5, 29, (n,), generator=generator).tolist() for n in lengths]
+    return small_transformer()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_transformer import small_transformer, sources
 
 from condgen_fast.decode import BeamSearch, Greedy, Sampling, decode
-from condgen_fast.models.layers import TransformerConfig
-from condgen_fast.models.transformer import Transformer
 
 STRATEGIES = [
     BeamSearch(beam_size=4, n_best=4),
@@ -19,22 +18,7 @@ STRATEGIES = [
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        vocab_size=29, width=16, feed_forward=32, encoder_layers=1, decoder_layers=2, heads=2, tie_embeddings=False
-    )
-    model = Transformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-    # in double precision, so that the size of a matrix product does not show and what is compared is the search
-    return model.double()
-
-
-def sources(count):
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
-    return [torch.randint(5, 29, (n,), generator=generator).tolist() for n in lengths]
+    return small_transformer()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
